@@ -1,0 +1,1 @@
+"""What a person submits: each module is `python -m jobs.NAME`, with `main(argv) -> int`."""

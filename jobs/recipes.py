@@ -1,0 +1,57 @@
+"""Full training runs as values. A recipe is a function; what it returns is written beside the model it made."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mone.config import ModelConfig
+from mone.training import Stage, TrainConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Everything that decides a run but its data.
+
+    Attributes:
+        model: Sizes; num_classes is replaced by the number of labels in the data.
+        train: Stages and optimiser.
+        num_clips: Training clips to render, where the data is generated.
+    """
+
+    model: ModelConfig
+    train: TrainConfig
+    num_clips: int = 0
+
+
+def motions() -> Recipe:
+    """The bundled model: 16 frames of 96 x 96, tubelets 2 x 8 x 8, nested pre-training, then adaptive MoNE.
+
+    python -m jobs.train --recipe motions --data motions --output runs/motions
+    """
+    return Recipe(
+        model=ModelConfig(
+            num_classes=12,
+            num_frames=16,
+            height_px=96,
+            width_px=96,
+            tubelet_frames=2,
+            tubelet_px=8,
+            dim=128,
+            num_heads=2,
+            depth=6,
+            temporal_depth=3,
+            pooling="cls",
+            span_s=2.0,
+        ),
+        train=TrainConfig(
+            stages=(
+                Stage(name="nested", epochs=10, routing="nested", learning_rate=1e-3),
+                Stage(name="adaptive", epochs=20, routing="mone", learning_rate=7e-4),
+            ),
+            batch_size=128,
+            bf16=True,
+        ),
+        num_clips=48_000,
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"motions": motions}

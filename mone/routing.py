@@ -1,0 +1,99 @@
+"""Which expert takes which token: the router and Expert Preferred Routing (MoNE section 3.2, algorithm 1).
+
+Shapes: B sequences (one per clip and temporal index), N tokens, D features, E experts, P values of a patch.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class RoutingPlan(NamedTuple):
+    """Who goes where, decided once before the first block and kept through all of them.
+
+    Attributes:
+        order_BN: int64. Token indices sorted by expert, smallest expert first; the first counts[0] of them go to
+            the smallest expert, the next counts[1] to the second, and so on.
+        expert_BN: int64. Expert of each token, in token order.
+        weight_BN: float32. r_j: the router's probability of the expert that the token got, in token order.
+        counts: Tokens of each expert, smallest first, the same for every sequence.
+    """
+
+    order_BN: Tensor
+    expert_BN: Tensor
+    weight_BN: Tensor
+    counts: tuple[int, ...]
+
+
+class LearnedRouter(nn.Linear):
+    """One linear layer with a softmax over the experts (MoNE section 3.2)."""
+
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__(dim, num_experts)
+
+    def forward(self, tokens_BND: Tensor, patches_BNP: Tensor) -> Tensor:
+        """Probabilities float32 [B, N, E].
+
+        Computed in float32 under autocast too: rounding to bfloat16 makes ties, and ties decide by position.
+        """
+        del patches_BNP
+        with torch.autocast(tokens_BND.device.type, enabled=False):
+            return super().forward(tokens_BND.float()).softmax(dim=-1)
+
+
+class RandomRouter(nn.Module):
+    """Baseline: preferences that know nothing of the content.
+
+    In training they are drawn anew at each step. In evaluation they are a hash of the token's pixels and position, so
+    that a clip gets the same answer whatever else is in its batch.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, tokens_BND: Tensor, patches_BNP: Tensor) -> Tensor:
+        """Probabilities float32 [B, N, E]."""
+        num_tokens, num_values = patches_BNP.shape[-2:]
+        if self.training:
+            noise = torch.rand(*patches_BNP.shape[:-1], self.num_experts, device=tokens_BND.device)
+        else:
+            weights_P = torch.arange(1, num_values + 1, device=patches_BNP.device).mul(2654435761).remainder(65521)
+            hash_BN = (patches_BNP.long() * weights_P).sum(-1)
+            hash_BN = hash_BN + torch.arange(num_tokens, device=patches_BNP.device) * 40503
+            salt_E = torch.arange(1, self.num_experts + 1, device=patches_BNP.device) * 48271
+            noise = (hash_BN.unsqueeze(-1) * salt_E).remainder(65521) / 65521
+        return noise.float().softmax(dim=-1)
+
+
+def expert_preferred_routing(probabilities_BNE: Tensor, counts: tuple[int, ...]) -> RoutingPlan:
+    """Give each expert its favourite tokens, the largest expert first (MoNE algorithm 1).
+
+    From the largest expert to the second smallest, expert j takes the counts[j] tokens of highest probability among
+    those still free; what is left goes to the smallest. Of equal probabilities the earlier token wins (stable sort),
+    so the plan is deterministic. A count of zero selects nothing.
+
+    Args:
+        probabilities_BNE: Router probabilities [B, N, E], experts from smallest to largest.
+        counts: Tokens of each expert; they sum to N.
+
+    Returns:
+        The plan. `weight_BN` keeps the gradient to the router; the decisions have none.
+    """
+    num_tokens, num_experts = probabilities_BNE.shape[-2:]
+    assert len(counts) == num_experts and sum(counts) == num_tokens, (counts, probabilities_BNE.shape)
+    free_BN = torch.ones_like(probabilities_BNE[..., 0], dtype=torch.bool)
+    chosen: list[Tensor] = []
+    for expert in reversed(range(1, num_experts)):
+        preference_BN = probabilities_BNE[..., expert].detach().masked_fill(~free_BN, -torch.inf)
+        top_BK = preference_BN.argsort(dim=-1, descending=True, stable=True)[..., : counts[expert]]
+        free_BN = free_BN.scatter(-1, top_BK, False)
+        chosen.append(top_BK)
+    chosen.append(free_BN.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., : counts[0]])
+    order_BN = torch.cat(chosen[::-1], dim=-1)
+
+    expert_of_slot_N = torch.cat([order_BN.new_full((count,), index) for index, count in enumerate(counts)])
+    expert_BN = torch.empty_like(order_BN).scatter(-1, order_BN, expert_of_slot_N.expand_as(order_BN))
+    weight_BN = probabilities_BNE.gather(-1, expert_BN.unsqueeze(-1)).squeeze(-1)
+    return RoutingPlan(order_BN, expert_BN, weight_BN, counts)
