@@ -3,10 +3,12 @@
 Every clip shows a textured background, one textured object whose motion is the class (two for `crossing`),
 and other objects that lie still, all filmed by a shaking, flickering, noisy camera. Objects, backgrounds and
 cameras come from the same distributions in every class. The frames of a class and of its reverse (left and
-right, growing and shrinking...) are alike as a set; their order tells the two apart. Known limit: a model that knows a
-frame *and its index* can tell left from right, and up from down, by position at either end of a clip (95 % of
-first frames, 55 % of middle ones), because an object that will go left must start with room on its left.
-Single-frame baselines should look at the middle frame, or at a random one.
+right, growing and shrinking...) are alike as a set; their order tells the two apart.
+
+Known limit: a model that knows a frame *and its index* can tell left from right, and up from down,
+by position at either end of a clip (95 % of first frames, 55 % of middle ones), because an object that
+will go left must start with room on its left. Single-frame baselines should look at the middle frame,
+or at a random one.
 
 Two clips of one seed and different labels share scene and camera: they differ in the motion (and, for
 `crossing`, `appearing` and `vanishing`, in the number of still objects).
