@@ -40,6 +40,7 @@ def motions() -> Recipe:
             depth=6,
             temporal_depth=3,
             pooling="cls",
+            pixels="centred",
             span_s=2.0,
         ),
         train=TrainConfig(

@@ -55,9 +55,7 @@ def expert_shares(capacity: float, num_experts: int) -> tuple[float, ...]:
 
 
 def _stationary_shares(multiplier: float, widths: tuple[float, ...]) -> tuple[float, ...]:
-    exponents = [
-        (PREFERENCE_BASE**-index + multiplier * width) / ENTROPY_WEIGHT for index, width in enumerate(widths)
-    ]
+    exponents = [(PREFERENCE_BASE**-index + multiplier * width) / ENTROPY_WEIGHT for index, width in enumerate(widths)]
     largest = max(exponents)
     weights = [math.exp(exponent - largest) for exponent in exponents]
     return tuple(weight / sum(weights) for weight in weights)

@@ -91,9 +91,7 @@ def read_checkpoint(folder: Path | str) -> Checkpoint:
     if len(labels) != config.num_classes:
         raise CheckpointError(f"{folder}: {len(labels)} labels for {config.num_classes} classes")
     weights = _read(folder / WEIGHTS_FILE)
-    checkpoint = Checkpoint(
-        config=config, labels=tuple(labels), weights=weights, model_id=_model_id(config, weights)
-    )
+    checkpoint = Checkpoint(config=config, labels=tuple(labels), weights=weights, model_id=_model_id(config, weights))
     try:
         checkpoint.build()
     except CheckpointError as error:

@@ -178,19 +178,25 @@ class ViViT(nn.Module):
         if counts is None:
             counts = token_counts(capacity, config.num_tokens, config.num_experts)
         if len(counts) != config.num_experts or sum(counts) != config.num_tokens:
-            raise ValueError(f"counts {counts} do not split {config.num_tokens} tokens over {config.num_experts} experts")
+            raise ValueError(
+                f"counts {counts} do not split {config.num_tokens} tokens over {config.num_experts} experts"
+            )
 
         batch = len(patches_BFNP)
         patches_SNP = patches_BFNP.flatten(0, 1)
-        frames_SD, plan = self.spatial(self.embed(_normalise(patches_SNP, self.embed.weight)), patches_SNP, counts)
+        x_SND = self.embed(to_float(patches_SNP, config, self.embed.weight.dtype))
+        frames_SD, plan = self.spatial(x_SND, patches_SNP, counts)
         logits_BC = self.head(self.temporal(frames_SD.unflatten(0, (batch, -1))))
         order, expert, weight = (tensor.unflatten(0, (batch, -1)) for tensor in plan[:3])
         return Prediction(logits_BC, RoutingPlan(order, expert, weight, counts))
 
 
-def _normalise(patches: Tensor, like: Tensor) -> Tensor:
-    """uint8 [0, 255] -> [-1, 1] in the dtype of the weights; pixels stay uint8 until they are on the device."""
-    return patches.to(like.dtype) / 127.5 - 1.0
+def to_float(patches_SNP: Tensor, config: ModelConfig, dtype: torch.dtype) -> Tensor:
+    """uint8 patches as the model sees them; pixels stay uint8 until they are on the device."""
+    pixels_SNP = patches_SNP.to(dtype)
+    if config.pixels == "scaled":
+        return pixels_SNP / 127.5 - 1.0
+    return (pixels_SNP - pixels_SNP.mean(dim=(-2, -1), keepdim=True)) / 64.0
 
 
 def initialise(model: ViViT) -> None:
@@ -198,7 +204,7 @@ def initialise(model: ViViT) -> None:
 
     | parameter | value |
     |---|---|
-    | linear weights | normal, std 0.02, cut at two std (ViT) |
+    | linear weights | Xavier uniform, which suits every width (a fixed std of 0.02 leaves small models deaf) |
     | linear and LayerNorm biases | 0 |
     | LayerNorm weights | 1 |
     | position embeddings, class tokens | normal, std 0.02 |
@@ -207,7 +213,7 @@ def initialise(model: ViViT) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+            nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     for name, parameter in model.named_parameters():
         if "position" in name or "class_token" in name:

@@ -50,7 +50,9 @@ class MotionClip:
     moving: np.ndarray
 
 
-def render(seed: int, *, label: str | None = None, num_frames: int = 16, size_px: int = 96) -> MotionClip:
+def render(
+    seed: int, *, label: str | None = None, num_frames: int = 16, size_px: int = 96, clutter: float = 1.0
+) -> MotionClip:
     """Renders one clip; a pure function of its arguments.
 
     Args:
@@ -58,6 +60,8 @@ def render(seed: int, *, label: str | None = None, num_frames: int = 16, size_px
         label: one of MOTIONS; None takes MOTIONS[seed % 12], so that consecutive seeds are balanced.
         num_frames: T, at least 2. More frames sample the same motion more finely.
         size_px: height and width, at least 32 (the smallest objects are then 5 px wide).
+        clutter: 1 is the set as it is; towards 0 texture of the background, still objects, shake, flicker and noise
+            fade away, down to one object before a plain wall. Easy clips are what a model starts to learn from.
 
     Raises:
         ValueError: for an unknown label, a negative seed, or a size out of range.
@@ -65,18 +69,19 @@ def render(seed: int, *, label: str | None = None, num_frames: int = 16, size_px
     label = MOTIONS[seed % len(MOTIONS)] if label is None else label
     if label not in MOTIONS:
         raise ValueError(f"unknown motion {label!r}; known: {', '.join(MOTIONS)}")
-    if seed < 0 or num_frames < 2 or size_px < 32:
+    if seed < 0 or num_frames < 2 or size_px < 32 or not 0 <= clutter <= 1:
         raise ValueError(
-            f"need seed >= 0, num_frames >= 2, size_px >= 32; got {seed}, {num_frames}, {size_px}"
+            "need seed >= 0, num_frames >= 2, size_px >= 32, clutter in 0..1;"
+            f" got {seed}, {num_frames}, {size_px}, {clutter}"
         )
     rng = _rng(seed, _MOTION)
     num_objects, coin = int(rng.integers(2, 5)), int(rng.integers(2))
     moving = _TRAJECTORIES[label](_draw(rng, num_frames))
-    still = _still_world(seed, _num_distractors(label, num_objects, coin), size_px)
+    still = _still_world(seed, round(clutter * _num_distractors(label, num_objects, coin)), size_px, clutter)
     world = np.repeat(still[None], num_frames, axis=0)
     for i, trajectory in enumerate(moving):
         scene.paint(world, scene.sprite(_rng(seed, _OBJECT + i)), trajectory, size_px=size_px)
-    frames, covered = scene.film(world, _rng(seed, _CAMERA), size_px=size_px)
+    frames, covered = scene.film(world, _rng(seed, _CAMERA), size_px=size_px, clutter=clutter)
     return MotionClip(frames=frames, label=label, moving=covered)
 
 
@@ -155,15 +160,20 @@ def _num_distractors(label: str, num_objects: int, coin: int) -> int:
             return num_objects - 1
 
 
-def _still_world(seed: int, num_distractors: int, size_px: int) -> np.ndarray:
+def _still_world(seed: int, num_distractors: int, size_px: int, clutter: float) -> np.ndarray:
     """Background and distractors, float32 [M, M, 4], no pixel marked as covered."""
     rng = _rng(seed, _BACKGROUND)
     side_px = size_px + 2 * scene.margin_px(size_px)
     colours = scene.texture(
-        rng, size_px=side_px, num_cells=rng.uniform(4, 14), saturation=rng.uniform(0, 0.3)
+        rng,
+        size_px=side_px,
+        num_cells=rng.uniform(4, 14),
+        saturation=rng.uniform(0, 0.3),
+        brightness=scene.BACKGROUND,
     )
     world = np.zeros((1, side_px, side_px, 4), np.float32)
-    world[..., :3] = colours
+    plain = colours.mean(axis=(0, 1))
+    world[..., :3] = plain + np.float32(clutter) * (colours - plain)
     for i in range(num_distractors):
         rng = _rng(seed, _DISTRACTOR + i)
         scene.paint(world, scene.sprite(rng), _rest(rng), size_px=size_px)

@@ -18,6 +18,12 @@ EDGE_SOFTNESS = 0.12  # in sprite radii, not pixels: an edge then says nothing a
 SHAKE_SHARE = 0.02  # the camera's largest excursion
 VISIBLE_OPACITY = 0.1  # below it sensor noise hides the object, and its pixels don't count as covered
 
+Brightness = tuple[tuple[float, float], tuple[float, float]]
+# Objects stand out from backgrounds, as things that people film mostly do, moving or still. Without this a model has to
+# find objects by their motion before it can learn anything from their motion, and small ones never start to.
+BACKGROUND: Brightness = ((0.10, 0.25), (0.25, 0.50))
+OBJECT: Brightness = ((0.40, 0.60), (0.80, 1.00))
+
 Coverage = Callable[[np.random.Generator, np.ndarray, np.ndarray], np.ndarray]
 Pattern = Callable[[np.random.Generator, int, float], np.ndarray]
 
@@ -44,7 +50,9 @@ class Trajectory:
 # --- textures ---
 
 
-def texture(rng: np.random.Generator, *, size_px: int, num_cells: float, saturation: float) -> np.ndarray:
+def texture(
+    rng: np.random.Generator, *, size_px: int, num_cells: float, saturation: float, brightness: Brightness
+) -> np.ndarray:
     """Draws a two-coloured pattern (value noise, grating or checkers) under a slanting light.
 
     The light breaks rotational symmetry: even a cross of checkers shows which way it turns.
@@ -54,13 +62,13 @@ def texture(rng: np.random.Generator, *, size_px: int, num_cells: float, saturat
         size_px: side N.
         num_cells: about how many stripes, squares or blobs lie side by side.
         saturation: of both colours, 0 (grey) to 1.
+        brightness: ranges of the darker and of the brighter colour's value.
 
     Returns:
         float32 [N, N, 3] in 0..1.
     """
     pattern = _PATTERNS[rng.integers(len(_PATTERNS))](rng, size_px, num_cells)
-    dark = _colour(rng, saturation, rng.uniform(0.25, 0.5))
-    bright = _colour(rng, saturation, rng.uniform(0.6, 1.0))
+    dark, bright = (_colour(rng, saturation, rng.uniform(*values)) for values in brightness)
     light = 0.8 + 0.2 * np.clip(_slanted(rng, size_px), -1, 1)
     return (dark + pattern[..., None] * (bright - dark)) * light[..., None]
 
@@ -169,7 +177,11 @@ def sprite(rng: np.random.Generator) -> np.ndarray:
     inside = _SHAPES[rng.integers(len(_SHAPES))](rng, u, u[:, None])
     coverage = np.clip(inside / EDGE_SOFTNESS + 0.5, 0, 1)
     colours = texture(
-        rng, size_px=SPRITE_TEXELS, num_cells=rng.uniform(2, 4.5), saturation=rng.uniform(0.55, 1.0)
+        rng,
+        size_px=SPRITE_TEXELS,
+        num_cells=rng.uniform(2, 4.5),
+        saturation=rng.uniform(0.4, 0.8),
+        brightness=OBJECT,
     )
     return np.concatenate([colours, coverage[..., None]], axis=-1, dtype=np.float32)
 
@@ -234,20 +246,23 @@ def _texel_index(dx: np.ndarray, dy: np.ndarray, radius_px: float, angle_rad: fl
     return np.clip(v, 0, last) * SPRITE_TEXELS + np.clip(u, 0, last), hit
 
 
-def film(world: np.ndarray, rng: np.random.Generator, *, size_px: int) -> tuple[np.ndarray, np.ndarray]:
+def film(
+    world: np.ndarray, rng: np.random.Generator, *, size_px: int, clutter: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Looks at the world through a camera that shakes, flickers and has a noisy sensor.
 
     Args:
         world: float32 [T, M, M, 4], as `paint` leaves it.
         rng: source of shake, flicker and noise.
         size_px: side S of the frame.
+        clutter: factor on shake, flicker and noise, 0 to 1.
 
     Returns:
         frames uint8 [T, S, S, 3], and bool [T, S, S]: the pixels at least half covered by painted objects.
     """
-    gain = 1 + rng.uniform(-0.03, 0.03, len(world))
-    noise_sigma = rng.uniform(2, 8)
-    seen = _shifted(world, _shake(rng, len(world)) * size_px + margin_px(size_px), size_px)
+    gain = 1 + clutter * rng.uniform(-0.03, 0.03, len(world))
+    noise_sigma = clutter * rng.uniform(2, 8)
+    seen = _shifted(world, clutter * _shake(rng, len(world)) * size_px + margin_px(size_px), size_px)
     colours = seen[..., :3] * (255 * gain).astype(np.float32)[:, None, None, None]
     noise = rng.standard_normal(colours.shape, dtype=np.float32)
     noise *= np.float32(noise_sigma)

@@ -2,8 +2,8 @@
 
 import functools
 import multiprocessing
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,13 @@ from tqdm import tqdm
 from mone.config import ModelConfig
 from mone.training import Batch
 from mone.tubelets import to_patches
+from pipelines.archive import Video
+from pipelines.decode import Clip, Source, decode_clips
+from pipelines.manifest import plan_video
+from pipelines.schema import Status
 from pipelines.synthetic import MOTIONS, render, split_seeds
+from pipelines.timeline import ClipPlan
+from pipelines.tokenize import view_of
 
 
 class MemoryClips:
@@ -37,29 +43,84 @@ class MemoryClips:
         for chosen in order.to(self.labels_S.device).split(batch_size):
             yield Batch(self.patches_SFNP[chosen], self.labels_S[chosen])
 
-    def to(self, device: torch.device) -> "MemoryClips":
+    def to(self, device: torch.device | str) -> "MemoryClips":
         """The same clips on a device."""
         return MemoryClips(self.patches_SFNP.to(device), self.labels_S.to(device))
 
 
-def collect(clips: Iterable[tuple[np.ndarray, int]], count: int, config: ModelConfig, what: str) -> MemoryClips:
-    """Gather (patches uint8 [F, N, P], class) pairs into one tensor, with a progress bar."""
-    shape = (config.num_indices, config.num_tokens, config.patch_values)
-    patches_SFNP = torch.empty((count, *shape), dtype=torch.uint8)
-    labels_S = torch.empty(count, dtype=torch.int64)
-    for index, (patches_FNP, label) in enumerate(tqdm(clips, what, count, unit="clip", mininterval=2)):
-        patches_SFNP[index] = torch.from_numpy(patches_FNP)
-        labels_S[index] = label
-    return MemoryClips(patches_SFNP, labels_S)
+class Example(NamedTuple):
+    """One training clip: uint8 patches [F, N, P] and its class."""
+
+    patches_FNP: np.ndarray
+    label: int
 
 
 def motions(split: str, count: int, config: ModelConfig, *, num_workers: int | None = None) -> MemoryClips:
     """Render `count` motions of a split, in as many processes as there are cores."""
-    with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
+    with _pool(num_workers) as pool:
         rendered = pool.imap(functools.partial(_render, config=config), split_seeds(split, count), chunksize=16)
-        return collect(rendered, count, config, f"render {split}")
+        return _collect(tqdm(rendered, f"render {split}", count, unit="clip", mininterval=2), config)
 
 
-def _render(seed: int, config: ModelConfig) -> tuple[np.ndarray[Any, Any], int]:
+def _render(seed: int, config: ModelConfig) -> Example:
     clip = render(seed, num_frames=config.num_frames, size_px=config.height_px)
-    return to_patches(clip.frames, config), MOTIONS.index(clip.label)
+    return Example(to_patches(clip.frames, config), MOTIONS.index(clip.label))
+
+
+def labelled(
+    videos: Sequence[Video],
+    labels: Sequence[str],
+    plan: ClipPlan,
+    config: ModelConfig,
+    *,
+    num_workers: int | None = None,
+) -> tuple[MemoryClips, dict[str, str]]:
+    """Decode the clips of labelled videos, in as many processes as there are cores.
+
+    Returns:
+        The clips, in the order of the videos, and the reason for each clip or video that could not be read; those are
+        left out, never replaced.
+    """
+    failures: dict[str, str] = {}
+
+    def readable(outcomes: Iterable[tuple[list[Example], dict[str, str]]]) -> Iterator[Example]:
+        for examples, reasons in outcomes:
+            failures.update(reasons)
+            yield from examples
+
+    with _pool(num_workers) as pool:
+        read = functools.partial(_read, labels=tuple(labels), plan=plan, config=config)
+        outcomes = tqdm(pool.imap(read, videos, chunksize=4), "decode", len(videos), unit="video", mininterval=2)
+        return _collect(readable(outcomes), config), failures
+
+
+def _read(
+    video: Video, labels: tuple[str, ...], plan: ClipPlan, config: ModelConfig
+) -> tuple[list[Example], dict[str, str]]:
+    clips = plan_video(video, plan)
+    if clips[0].status != Status.OK:
+        return [], {video.uri: f"{clips[0].status}: {clips[0].error}"}
+    source = Source(path=video.uri, width_px=clips[0].width_px, height_px=clips[0].height_px)
+    outcomes = decode_clips(source, [(clip.start_s, clip.end_s) for clip in clips], view_of(config))
+    examples, reasons = [], {}
+    for clip, outcome in zip(clips, outcomes, strict=True):
+        if isinstance(outcome, Clip):
+            examples.append(Example(to_patches(outcome.frames_THWC, config), labels.index(video.label)))
+        else:
+            reasons[f"{video.uri} [{clip.start_s:.2f}, {clip.end_s:.2f})"] = f"{outcome.status}: {outcome}"
+    return examples, reasons
+
+
+def _pool(num_workers: int | None):
+    # Not fork: the parent has torch's threads.
+    return multiprocessing.get_context("spawn").Pool(num_workers)
+
+
+def _collect(examples: Iterable[Example], config: ModelConfig) -> MemoryClips:
+    patches, labels = [], []
+    for example in examples:
+        patches.append(torch.from_numpy(np.ascontiguousarray(example.patches_FNP)))
+        labels.append(example.label)
+    shape = (0, config.num_indices, config.num_tokens, config.patch_values)
+    stacked = torch.stack(patches) if patches else torch.empty(shape, dtype=torch.uint8)
+    return MemoryClips(stacked, torch.tensor(labels, dtype=torch.int64))

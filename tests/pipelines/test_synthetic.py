@@ -178,9 +178,7 @@ def test_written_clips_decode(tmp_path: Path) -> None:
 
 
 def test_rendering_needs_numpy_alone() -> None:
-    code = (
-        "import sys, pipelines.synthetic as s; s.render(0); print({'av', 'ray', 'torch'} & set(sys.modules))"
-    )
+    code = "import sys, pipelines.synthetic as s; s.render(0); print({'av', 'ray', 'torch'} & set(sys.modules))"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

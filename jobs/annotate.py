@@ -1,0 +1,159 @@
+"""Label a video archive and record what the routing saved, clip by clip.
+
+python -m jobs.annotate ARCHIVE --output DIR --model MODEL --capacity 0.4
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.cli import JobFailed, UserError, checking_input, run
+from jobs.cluster import connected
+from jobs.inputs import BUNDLED_MODEL, Archive, ClipOptions, load_model, make_output
+from jobs.progress import clips_progress
+from jobs.run_record import read_run, timestamp, totals_record, versions, write_run
+from mone.capacity import check_capacity
+from mone.checkpoint import Checkpoint
+from pipelines.annotate import ANNOTATIONS_DIR, MANIFEST_DIR, Settings, write_annotations, write_manifest
+from pipelines.archive import list_videos
+from pipelines.ledger import Totals, audit, totals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Annotate(ClipOptions):
+    """Label every clip of an archive: one row per clip in DIR/annotations, whatever happened to it.
+
+    Plans first where DIR has no manifest. Stopped or killed at any moment, the same command continues; finished, it
+    does nothing. Failures are rows with their reason. `python -m jobs.audit DIR` proves that nothing is missing.
+    """
+
+    archive: Archive
+    """A folder, a glob, a video, or a .csv/.parquet/.jsonl with a column `video`."""
+    output: str
+    """DIR for manifest, annotations and run.json."""
+    model: str = str(BUNDLED_MODEL)
+    """Model folder (config.json, model.safetensors, labels.json)."""
+    capacity: float = 0.4
+    """Effective capacity e_c: 1 is full width, 0.4 about 40 % of the spatial encoder's work."""
+    top_k: int = 5
+    """Labels kept per clip."""
+    batch_size: int = 0
+    """Clips of a forward pass; 0 picks 64 on a GPU, 16 on a CPU."""
+    num_model_workers: int = 0
+    """Model processes at most; 0 means one per GPU, or one per two CPUs."""
+    max_failed_share: float = 0.5
+    """Exit with status 1 where more clips failed than this share (all rows are written all the same)."""
+    address: str = ""
+    """Ray cluster; default RAY_ADDRESS, else Ray starts here."""
+
+
+def annotate(config: Annotate) -> None:
+    """Run the job."""
+    checkpoint, settings = check(config)
+    clip_plan = config.plan(checkpoint.config.span_s)
+    output = Path(config.output).resolve()
+    planned = (output / MANIFEST_DIR).exists()
+    with checking_input():
+        videos = [] if planned else list(list_videos(config.archive))
+    record = _open_record(make_output(config.output), config, checkpoint)
+
+    started_s = time.time()
+    with connected(config.address):
+        if not planned:
+            print(f"plan      {len(videos):,} videos", file=sys.stderr)
+            write_manifest(videos, clip_plan, output)
+        before = audit(output / MANIFEST_DIR, output / ANNOTATIONS_DIR)
+        if before.missing:
+            with clips_progress(output / ANNOTATIONS_DIR, before.planned):
+                write_annotations(output, checkpoint, settings)
+    result = totals(output / ANNOTATIONS_DIR, frozenset(checkpoint.labels))
+    record["sessions"].append({"started": timestamp(), "wall_s": round(time.time() - started_s, 3)})
+    record["totals"] = totals_record(result)
+    record["totals"]["wall_s"] = round(sum(session["wall_s"] for session in record["sessions"]), 3)
+    write_run(output, record)
+    print(summary(result, output))
+    if result.failed > config.max_failed_share * result.clips:
+        raise JobFailed(f"{result.failed} of {result.clips} clips failed, more than --max-failed-share allows")
+
+
+def check(config: Annotate) -> tuple[Checkpoint, Settings]:
+    """Check what can be checked without looking at a video.
+
+    Raises:
+        UserError: An option out of range, or a model that cannot be used.
+    """
+    checkpoint = load_model(config.model)
+    with checking_input():
+        check_capacity(config.capacity, checkpoint.config.num_experts)
+    for name in ("batch_size", "num_model_workers"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(config, name)}")
+    if config.top_k < 1:
+        raise UserError(f"--top-k must be at least 1, got {config.top_k}")
+    if not 0 <= config.max_failed_share <= 1:
+        raise UserError(f"--max-failed-share must be between 0 and 1, got {config.max_failed_share:g}")
+    return checkpoint, Settings(
+        capacity=config.capacity,
+        top_k=config.top_k,
+        batch_size=config.batch_size,
+        num_model_workers=config.num_model_workers,
+    )
+
+
+def _open_record(output: Path, config: Annotate, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The run's record so far; written before any work, so that a folder always says what it belongs to.
+
+    Raises:
+        UserError: The folder belongs to another model, capacity or way of cutting clips.
+    """
+    record = read_run(output)
+    identity = {
+        "archive": config.archive,
+        "model_id": checkpoint.model_id,
+        "capacity": config.capacity,
+        "top_k": config.top_k,
+        "clips": [config.span, config.stride, config.clips_per_video],
+    }
+    for name, value in identity.items():
+        if record and record["identity"].get(name) != value:
+            was = record["identity"].get(name)
+            raise UserError(f"{output} was annotated with {name} {was}, not {value}; choose another --output")
+    record = {
+        "config": dataclasses.asdict(config),
+        "identity": identity,
+        "labels": list(checkpoint.labels),
+        "num_experts": checkpoint.config.num_experts,
+        "versions": versions(),
+        "sessions": record.get("sessions", []),
+        "totals": record.get("totals", {}),
+    }
+    write_run(output, record)
+    return record
+
+
+def summary(result: Totals, output: Path) -> str:
+    """The end of a run in a few lines for people."""
+    lines = [
+        f"clips     {result.clips:,} ({result.hours:.2f} hours), {result.failed:,} failed",
+        f"compute   {result.flops:.3g} of {result.dense_flops:.3g} floating-point operations: "
+        f"{result.saved_share:.1%} saved",
+    ]
+    if result.labelled:
+        lines.append(f"accuracy  {result.right / result.labelled:.1%} of {result.labelled:,} clips with a known label")
+    lines += [f"failed    {count:,} {status}: {error}" for (status, error), count in result.failures.most_common(8)]
+    if len(result.failures) > 8:
+        lines.append(f"          and {len(result.failures) - 8} more reasons in run.json")
+    return "\n".join([*lines, f"rows      {output / ANNOTATIONS_DIR}"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run("annotate", Annotate, annotate, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Starting or joining Ray."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+from ray.data import DataContext
+
+from jobs.cli import UserError
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Ray for the time of a job: a cluster, or one inside this process.
+
+    Args:
+        address: A cluster's address ("auto", "ray://host:10001"); "" takes RAY_ADDRESS, else starts Ray here.
+
+    Raises:
+        UserError: No cluster answers at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else `uv run` re-installs in every worker
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    options = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        if address:
+            ray.init(address, **options)
+        else:
+            ray.init(include_dashboard=False, **options)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"no Ray cluster answers at {address}: {error}") from error
+    # One progress bar, ours, in clips; Ray Data's speaks of blocks and operators.
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()

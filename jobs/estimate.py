@@ -1,0 +1,104 @@
+"""What annotating a manifest would cost, measured on a sample of its clips."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mone.checkpoint import Checkpoint
+from mone.compute import clip_compute
+from pipelines.ledger import read_columns
+from pipelines.predict import Annotator
+from pipelines.schema import MANIFEST, Status
+from pipelines.tokenize import patches_of, tokenize_table
+
+_SAMPLE_CLIPS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Cost of a manifest.
+
+    Attributes:
+        videos, clips, planned_failures, hours: What is planned; a failure is a video that the probe could not read.
+        flops, dense_flops: Of all clips, at the capacity and at full width.
+        decode_core_s: Low and high end of the 95 % interval for decoding, in seconds of one core.
+        model_s: Seconds in the model, on one worker of this machine.
+        num_sampled: Clips measured.
+    """
+
+    videos: int
+    clips: int
+    planned_failures: int
+    hours: float
+    flops: int
+    dense_flops: int
+    decode_core_s: tuple[float, float]
+    model_s: float
+    num_sampled: int
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        low, high = self.decode_core_s
+        cores = os.cpu_count() or 1
+        wall_low, wall_high = ((decode + self.model_s) / cores for decode in (low, high))
+        return "\n".join(
+            [
+                f"videos   {self.videos:,} ({self.planned_failures:,} cannot be read)",
+                f"clips    {self.clips:,}, {self.hours:.2f} hours",
+                f"compute  {self.flops:.3g} floating-point operations, {self.dense_flops:.3g} at full width",
+                f"decode   {_duration(low)} to {_duration(high)} of one core (95 %, from {self.num_sampled} clips)",
+                f"model    {_duration(self.model_s)} on one worker here",
+                f"wall     {_duration(wall_low)} to {_duration(wall_high)} on the {cores} cores of this machine",
+            ]
+        )
+
+
+def estimate(manifest: Path, checkpoint: Checkpoint, capacity: float) -> Estimate:
+    """Decode and run a sample of the clips, and scale up."""
+    tables = list(read_columns(manifest, MANIFEST.names, MANIFEST))
+    table = pa.concat_tables(tables)
+    readable = table.filter(pc.equal(table["status"], Status.OK.value))
+    chosen = np.unique(np.linspace(0, len(readable) - 1, _SAMPLE_CLIPS).round().astype(int)) if len(readable) else []
+    decode_s, model_s = _measure(readable.take(chosen), checkpoint, capacity) if len(chosen) else (np.zeros(1), 0.0)
+    margin_s = 1.96 * decode_s.std(ddof=1) / len(decode_s) ** 0.5 if len(decode_s) > 1 else 0.0
+    compute = clip_compute(checkpoint.config, capacity)
+    return Estimate(
+        videos=len(pc.unique(table["video"])),
+        clips=len(table),
+        planned_failures=len(table) - len(readable),
+        hours=(pc.sum(pc.subtract(table["end_s"], table["start_s"])).as_py() or 0.0) / 3600,
+        flops=compute.flops * len(readable),
+        dense_flops=compute.dense_flops * len(readable),
+        decode_core_s=(
+            max(0.0, decode_s.mean() - margin_s) * len(readable),
+            (decode_s.mean() + margin_s) * len(readable),
+        ),
+        model_s=model_s * len(readable),
+        num_sampled=len(chosen),
+    )
+
+
+def _measure(sample: pa.Table, checkpoint: Checkpoint, capacity: float) -> tuple[np.ndarray, float]:
+    """Seconds of decoding for each clip, and of the model per clip."""
+    decoded = [tokenize_table(sample.slice(index, 1), checkpoint.config) for index in range(len(sample))]
+    decode_s = np.array([table["decode_ms"][0].as_py() / 1e3 for table in decoded])
+    patches = patches_of(pa.concat_tables(decoded), checkpoint.config)
+    if not len(patches):
+        return decode_s, 0.0
+    annotator = Annotator(checkpoint, capacity, top_k=1)
+    annotator.probabilities(patches[:1], capacity)
+    started_s = time.perf_counter()
+    annotator.probabilities(patches, capacity)
+    return decode_s, (time.perf_counter() - started_s) / len(patches)
+
+
+def _duration(seconds: float) -> str:
+    for size_s, unit in ((3600, "h"), (60, "min")):
+        if seconds >= size_s:
+            return f"{seconds / size_s:.1f} {unit}"
+    return f"{seconds:.1f} s"

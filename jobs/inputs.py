@@ -1,0 +1,70 @@
+"""Options that several jobs share, and their checks: everything that can be wrong is found before any work."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jobs.cli import UserError, checking_input
+from mone.checkpoint import Checkpoint, read_checkpoint
+from pipelines.timeline import ClipPlan
+
+BUNDLED = Path(__file__).parent.parent / "bundled"
+BUNDLED_MODEL = BUNDLED / "motions_model"
+
+Archive = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ARCHIVE")]
+Folder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipOptions:
+    """How videos are cut into clips."""
+
+    span: float = 0.0
+    """Seconds of a clip; 0 takes the span that the model was trained on."""
+    stride: float = 0.0
+    """Seconds from one clip's start to the next; 0 puts clips side by side."""
+    clips_per_video: int = 0
+    """Spread this many clips over each video; 0 covers the whole video."""
+
+    def plan(self, default_span_s: float) -> ClipPlan:
+        """The plan, with the model's span where none was asked for.
+
+        Raises:
+            UserError: Numbers out of range.
+        """
+        with checking_input():
+            return ClipPlan(
+                span_s=self.span or default_span_s, stride_s=self.stride, clips_per_video=self.clips_per_video
+            )
+
+
+def load_model(folder: str) -> Checkpoint:
+    """Read a model folder.
+
+    Raises:
+        UserError: It is missing or damaged.
+    """
+    with checking_input():
+        return read_checkpoint(folder)
+
+
+def make_output(folder: str) -> Path:
+    """Create an output folder and see that it can be written.
+
+    Raises:
+        UserError: It cannot.
+    """
+    path = Path(folder).resolve()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"cannot write to {folder}: it is a file")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    return path

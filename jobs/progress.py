@@ -1,0 +1,51 @@
+"""Progress of an annotation run, read from what is committed: clips done, rate, time left."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+_POLL_S = 1.0
+
+
+@contextlib.contextmanager
+def clips_progress(annotations: Path, total: int) -> Iterator[None]:
+    """Show a bar while the block runs. It counts the rows of finished files, so it never shows what could be lost."""
+    counter = _RowCounter(annotations)
+    done_before = counter.count()
+    stop = threading.Event()
+    with tqdm(total=total, initial=done_before, desc="annotate", unit="clip", smoothing=0.1, mininterval=1) as bar:
+
+        def update() -> None:
+            bar.update(counter.count() - bar.n)
+
+        def watch() -> None:
+            while not stop.wait(_POLL_S):
+                update()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            watcher.join()
+            update()
+
+
+class _RowCounter:
+    """Rows in the parquet files of a folder; each footer is read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.rows = folder, dict[Path, int]()
+
+    def count(self) -> int:
+        present = set(self.folder.glob("*.parquet"))
+        for path in present - self.rows.keys():
+            with contextlib.suppress(pa.ArrowInvalid, OSError):  # still being written
+                self.rows[path] = pq.read_metadata(path).num_rows
+        return sum(rows for path, rows in self.rows.items() if path in present)

@@ -1,0 +1,162 @@
+"""Train a model by a recipe, on labelled videos or on generated motions; one process, one device.
+
+python -m jobs.train --recipe motions --data motions --output DIR
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from jobs.cli import JobFailed, UserError, checking_input, run
+from jobs.inputs import make_output
+from jobs.recipes import RECIPES, Recipe
+from mone.checkpoint import save_checkpoint
+from mone.model import ViViT
+from mone.training import DivergedError, EpochReport, Trainer, accuracy
+from pipelines.archive import list_labelled
+from pipelines.synthetic import MOTIONS
+from pipelines.timeline import ClipPlan
+from pipelines.training_stream import MemoryClips, labelled, motions
+
+STATE_FILE, METRICS_FILE, MODEL_DIR = "state.pt", "metrics.jsonl", "model"
+MOTIONS_DATA = "motions"
+_SHOWN_CAPACITIES = (0.2, 0.4, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Train:
+    """Train by a recipe and write DIR/model; stopped or killed, the same command continues after its last epoch."""
+
+    data: str
+    """Labelled videos (.csv/.parquet/.jsonl with video, label, split; or a folder per class), or "motions"."""
+    output: str
+    """DIR for the model, the state to continue from, and metrics.jsonl."""
+    recipe: str = "motions"
+    """One of the functions in jobs/recipes.py."""
+    num_clips: int = 0
+    """Clips to render for "motions"; 0 takes the recipe's number."""
+    clips_per_video: int = 1
+    """Training clips from each labelled video, spread evenly."""
+    epochs: int = 0
+    """Epochs of each stage; 0 takes the recipe's."""
+    seed: int = 0
+    """Of weights, order and draws."""
+    device: str = ""
+    """"cuda", "cpu"; default the GPU where there is one."""
+
+
+def train(config: Train) -> None:
+    """Run the job."""
+    if config.recipe not in RECIPES:
+        raise UserError(f"unknown recipe {config.recipe!r}; there are {', '.join(RECIPES)}")
+    for name in ("num_clips", "epochs"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(config, name)}")
+    with checking_input():
+        load_clips, labels = _data(config)
+    recipe = _adapt(RECIPES[config.recipe](), config, len(labels))
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    output = make_output(config.output)
+    _check_same_run(output, config, recipe)
+
+    torch.manual_seed(config.seed)
+    trainer = Trainer(ViViT(recipe.model).to(device), recipe.train)
+    if (output / STATE_FILE).exists():
+        trainer.load(output / STATE_FILE)
+        print(f"continue after epoch {trainer.epoch} of {recipe.train.epochs}", file=sys.stderr)
+    if trainer.epoch < recipe.train.epochs:
+        clips, held_out = (part.to(device) for part in load_clips(recipe))
+        if not len(clips):
+            raise UserError(f"no clip of {config.data} can be read")
+        _train_epochs(trainer, clips, held_out, output)
+    save_checkpoint(trainer.averaged, labels, output / MODEL_DIR, dtype=torch.bfloat16)
+    print(output / MODEL_DIR)
+
+
+def _train_epochs(trainer: Trainer, clips: MemoryClips, held_out: MemoryClips, output: Path) -> None:
+    try:
+        for report in trainer.run(clips):
+            trainer.save(output / STATE_FILE)
+            scores = {}
+            if len(held_out):
+                scores = {capacity: accuracy(trainer.averaged, held_out, capacity) for capacity in _SHOWN_CAPACITIES}
+            with (output / METRICS_FILE).open("a") as metrics:
+                metrics.write(json.dumps(report._asdict() | {"val_top1": scores}) + "\n")
+            print(_line(report, scores), file=sys.stderr)
+    except DivergedError as error:
+        raise JobFailed(f"{error}; the state after epoch {trainer.epoch} is kept") from error
+
+
+def _line(report: EpochReport, scores: dict[float, float]) -> str:
+    shown = "  ".join(f"val@{capacity:g} {score:.1%}" for capacity, score in scores.items())
+    return (
+        f"epoch {report.epoch:>3}/{report.epochs} {report.stage:<9} loss {report.loss:.4f}  train {report.accuracy:.1%}"
+        f"  {shown}  alpha {report.alpha:.3f}  {report.clips_per_s:,.0f} clips/s"
+    )
+
+
+def _data(config: Train):
+    """How to load training and held-out clips of a recipe, and the names of the classes.
+
+    Raises:
+        ArchiveError: Data that cannot be listed.
+    """
+    if config.data == MOTIONS_DATA:
+
+        def render(recipe: Recipe) -> tuple[MemoryClips, MemoryClips]:
+            return motions("train", recipe.num_clips, recipe.model), motions("val", 1200, recipe.model)
+
+        return render, MOTIONS
+    videos = list(list_labelled(config.data))
+    # The test split is never looked at here. Without splits everything is for training.
+    chosen = [[video for video in videos if video.split in split] for split in (("train", ""), ("val",))]
+    if not chosen[0]:
+        raise UserError(f"{config.data} has no rows with split 'train'")
+    labels = tuple(sorted({video.label for video in videos}))
+
+    def decode(recipe: Recipe) -> tuple[MemoryClips, MemoryClips]:
+        plan = ClipPlan(span_s=recipe.model.span_s, clips_per_video=config.clips_per_video)
+        parts = []
+        for part in chosen:
+            clips, failures = labelled(part, labels, plan, recipe.model)
+            for name, reason in failures.items():
+                print(f"left out {name}: {reason}", file=sys.stderr)
+            parts.append(clips)
+        return parts[0], parts[1]
+
+    return decode, labels
+
+
+def _adapt(recipe: Recipe, config: Train, num_classes: int) -> Recipe:
+    """The recipe with what the command line changes."""
+    stages = recipe.train.stages
+    if config.epochs:
+        stages = tuple(dataclasses.replace(stage, epochs=config.epochs) for stage in stages)
+    return Recipe(
+        model=dataclasses.replace(recipe.model, num_classes=num_classes),
+        train=dataclasses.replace(recipe.train, stages=stages, seed=config.seed),
+        num_clips=config.num_clips or recipe.num_clips,
+    )
+
+
+def _check_same_run(output: Path, config: Train, recipe: Recipe) -> None:
+    """Keep the run's description beside it, and refuse to continue another one."""
+    description = json.dumps({"data": config.data, "recipe": dataclasses.asdict(recipe)}, indent=1, default=str)
+    path = output / "config.json"
+    if path.exists() and path.read_text() != description:
+        raise UserError(f"{output} holds another run; choose another --output")
+    path.write_text(description)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run("train", Train, train, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

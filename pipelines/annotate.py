@@ -1,0 +1,153 @@
+"""The two graphs of Ray Data: videos -> manifest, and manifest -> annotations."""
+
+import dataclasses
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data.checkpoint import CheckpointConfig
+
+from mone.checkpoint import Checkpoint
+from mone.config import ModelConfig
+from pipelines.archive import Video
+from pipelines.manifest import plan_video
+from pipelines.predict import Annotator
+from pipelines.schema import MANIFEST
+from pipelines.timeline import ClipPlan
+from pipelines.tokenize import tokenize_table
+
+MANIFEST_DIR, ANNOTATIONS_DIR, CHECKPOINT_DIR = "manifest", "annotations", ".checkpoint"
+
+_VIDEOS = pa.schema([("uri", pa.string()), ("label", pa.string()), ("split", pa.string())])
+
+# Videos that one task probes: some tenths of a second of work.
+_VIDEOS_PER_TASK = 32
+# Clips of one decoding task, and so of one annotations file: seconds of work, which is what a crash can cost, against
+# tens of milliseconds for a task, a file and its checkpoint.
+_CLIPS_PER_TASK = 32
+# Heap of a decoding task: two frames of 8192 x 4320 take 0.9 GB. Ray cannot see heap, so it is asked for.
+_DECODE_MEMORY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How clips are annotated.
+
+    Attributes:
+        capacity: Effective capacity e_c.
+        top_k: Labels kept per clip.
+        batch_size: Clips of a forward pass; 0 picks by device.
+        num_model_workers: Model processes; 0 means one per GPU, or one per two CPUs where there is no GPU.
+    """
+
+    capacity: float
+    top_k: int = 5
+    batch_size: int = 0
+    num_model_workers: int = 0
+
+
+def write_manifest(videos: Iterable[Video], plan: ClipPlan, output: Path) -> None:
+    """Probe the videos in parallel and write DIR/manifest, which appears whole or not at all."""
+    partial = output / f"{MANIFEST_DIR}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    plan_stage(videos, plan).write_parquet(str(partial))
+    partial.rename(output / MANIFEST_DIR)
+
+
+def write_annotations(output: Path, checkpoint: Checkpoint, settings: Settings) -> None:
+    """Annotate every clip of DIR/manifest that DIR/annotations does not have yet.
+
+    Strictly one row out for one row in, keyed on clip_id. Each annotations file is committed with the ids in it (Ray
+    Data's two-phase checkpoint), so a run that is killed at any moment continues without a loss or a double.
+    """
+    (output / ANNOTATIONS_DIR).mkdir(exist_ok=True)
+    DataContext.get_current().checkpoint_config = CheckpointConfig(
+        id_column="clip_id",
+        checkpoint_path=str(output / CHECKPOINT_DIR),
+        delete_checkpoint_on_success=False,  # it also tells a later run that there is nothing left to do
+    )
+    manifest = ray.data.read_parquet(str(output / MANIFEST_DIR), schema=MANIFEST)
+    decoded = tokenize_stage(manifest, checkpoint.config)
+    annotated = model_stage(
+        decoded,
+        Annotator,
+        (checkpoint, settings.capacity, settings.top_k),
+        batch_size=settings.batch_size,
+        num_workers=settings.num_model_workers,
+    )
+    annotated.write_parquet(str(output / ANNOTATIONS_DIR))
+
+
+def plan_stage(videos: Iterable[Video], plan: ClipPlan) -> Dataset:
+    """Videos -> MANIFEST rows: probing is short I/O and one decoded frame per file."""
+    rows = [dataclasses.asdict(video) for video in videos]
+    table = pa.Table.from_pylist(rows, schema=_VIDEOS)
+    return (
+        ray.data.from_arrow(table)
+        .repartition(-(-len(table) // _VIDEOS_PER_TASK))
+        .map_batches(_plan_table, fn_kwargs={"plan": plan}, batch_size=None, batch_format="pyarrow")
+    )
+
+
+def _plan_table(videos: pa.Table, plan: ClipPlan) -> pa.Table:
+    clips = [clip for row in videos.to_pylist() for clip in plan_video(Video(**row), plan)]
+    columns = {name: [getattr(clip, name) for clip in clips] for name in MANIFEST.names}
+    return pa.table(columns, schema=MANIFEST)
+
+
+def tokenize_stage(manifest: Dataset, config: ModelConfig) -> Dataset:
+    """MANIFEST rows -> DECODED rows, on CPUs."""
+    return manifest.repartition(target_num_rows_per_block=_CLIPS_PER_TASK).map_batches(
+        tokenize_table,
+        fn_kwargs={"config": config},
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=1,  # both decoders run on one thread
+        memory=_DECODE_MEMORY_BYTES,
+    )
+
+
+def model_stage(
+    decoded: Dataset, model: type, arguments: tuple[Any, ...], *, batch_size: int = 0, num_workers: int = 0
+) -> Dataset:
+    """DECODED rows -> what the model says, on GPUs where the cluster has any, else on CPUs.
+
+    Args:
+        decoded: From `tokenize_stage`.
+        model: Callable class.
+        arguments: Of its constructor.
+        batch_size: Clips of a call; 0 picks by device.
+        num_workers: Processes at most; 0 picks by cluster.
+    """
+    resources = ray.cluster_resources()
+    num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    # Without a GPU half of the cores decode while the other half run the model.
+    workers = num_workers or num_gpus or max(1, num_cpus // 2)
+    return decoded.map_batches(
+        _FromObjectStore,
+        fn_constructor_args=(model, [ray.put(arguments)]),
+        batch_size=batch_size or (64 if num_gpus else 16),
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=workers),
+        num_cpus=1,
+        num_gpus=1 if num_gpus else 0,
+    )
+
+
+class _FromObjectStore:
+    """A callable class whose arguments, weights among them, travel once through the object store.
+
+    As plain constructor arguments Ray would ship them by a reference that it does not keep for a restarted actor
+    (ray-project/ray#53727).
+    """
+
+    def __init__(self, model: type, arguments: list[ray.ObjectRef]) -> None:
+        self.model = model(*ray.get(arguments[0]))
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return self.model(batch)

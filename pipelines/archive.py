@@ -1,0 +1,137 @@
+"""Listing an archive: a folder, a glob, a file, or a table with a column `video`."""
+
+import glob
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+# Containers that FFmpeg reads and that people keep video in. Tables and globs may name files of any extension.
+VIDEO_EXTENSIONS = frozenset(
+    ".3g2 .3gp .asf .avi .divx .dv .f4v .flv .gif .h264 .h265 .hevc .ivf .m1v .m2ts .m2v .m4v .mjpeg .mjpg .mkv .mov"
+    " .mp4 .mpe .mpeg .mpg .mts .mxf .nut .obu .ogm .ogv .qt .rm .rmvb .ts .vob .webm .wmv .y4m".split()
+)
+TABLE_EXTENSIONS = frozenset({".csv", ".parquet", ".jsonl"})
+
+
+class ArchiveError(ValueError):
+    """An archive that cannot be listed; one line that names it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Video:
+    """One video of an archive.
+
+    Attributes:
+        uri: Absolute path.
+        label: Class, "" where the archive names none.
+        split: "train", "val", "test" or whatever the table says; "" where it says nothing.
+    """
+
+    uri: str
+    label: str = ""
+    split: str = ""
+
+
+def list_videos(archive: str) -> Iterator[Video]:
+    """The videos of an archive, each path once, in a stable order.
+
+    Args:
+        archive: A folder (searched recursively for video extensions), a glob, one video file, or a .csv, .parquet or
+            .jsonl file with a column `video` (and `label`, `split`); relative paths there are relative to that file.
+
+    Raises:
+        ArchiveError: Nothing there, no video in it, or a table without the column.
+    """
+    seen: set[str] = set()
+    for video in _list(archive):
+        if video.uri not in seen:
+            seen.add(video.uri)
+            yield video
+    if not seen:
+        raise ArchiveError(f"no videos in {archive}")
+
+
+def list_labelled(data: str) -> Iterator[Video]:
+    """Labelled videos: a table with `video` and `label` (and `split`), or a folder with one folder per class.
+
+    Raises:
+        ArchiveError: As `list_videos`, or a video without a label.
+    """
+    path = Path(data)
+    if path.is_dir() and (path / "labels.csv").is_file():
+        path = path / "labels.csv"
+    for video in list_videos(str(path)):
+        label = video.label
+        if path.is_dir():
+            relative = Path(video.uri).relative_to(path.resolve())
+            label = relative.parts[0] if len(relative.parts) > 1 else ""
+        if not label:
+            raise ArchiveError(f"{video.uri} has no label in {data}")
+        yield Video(uri=video.uri, label=label, split=video.split)
+
+
+def _list(archive: str) -> Iterator[Video]:
+    if "://" in archive:
+        scheme, _, rest = archive.partition("://")
+        if scheme != "file":
+            raise ArchiveError(f"cannot read {scheme}:// yet: copy the archive to a disk that all nodes see")
+        archive = rest
+    path = Path(archive)
+    if path.is_dir():
+        yield from _list_folder(path)
+    elif path.is_file():
+        is_table = path.suffix.lower() in TABLE_EXTENSIONS
+        yield from _list_table(path) if is_table else [Video(uri=str(path.resolve()))]
+    elif glob.has_magic(archive):
+        for match in sorted(glob.iglob(archive, recursive=True)):  # noqa: PTH207 - absolute patterns too
+            if Path(match).is_file():
+                yield Video(uri=str(Path(match).resolve()))
+    else:
+        raise ArchiveError(f"no such archive: {archive}")
+
+
+def _list_folder(folder: Path) -> Iterator[Video]:
+    def refuse(error: OSError) -> None:
+        raise ArchiveError(f"cannot list {error.filename}: {error.strerror}") from error
+
+    for parent, folders, names in os.walk(folder.resolve(), onerror=refuse, followlinks=True):
+        folders.sort()
+        for name in sorted(names):
+            if Path(name).suffix.lower() in VIDEO_EXTENSIONS:
+                yield Video(uri=str(Path(parent) / name))
+
+
+def _list_table(path: Path) -> Iterator[Video]:
+    table = read_table(path)
+    if "video" not in table.column_names:
+        raise ArchiveError(f"{path} has no column 'video'; it has {', '.join(table.column_names) or 'no columns'}")
+    columns = [_strings(table, name) for name in ("video", "label", "split")]
+    for number, (video, label, split) in enumerate(zip(*columns, strict=True), start=1):
+        if not video:
+            raise ArchiveError(f"{path}: row {number} has no video")
+        yield Video(uri=os.path.normpath(path.resolve().parent / video), label=label, split=split)
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read a .csv, .parquet or .jsonl file.
+
+    Raises:
+        ArchiveError: A file that is not what its extension says.
+    """
+    readers = {".csv": pyarrow.csv.read_csv, ".jsonl": pyarrow.json.read_json, ".parquet": pyarrow.parquet.read_table}
+    try:
+        return readers[path.suffix.lower()](path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ArchiveError(f"cannot read {path}: {error}") from error
+
+
+def _strings(table: pa.Table, name: str) -> list[str]:
+    if name not in table.column_names:
+        return [""] * len(table)
+    return [value or "" for value in table[name].cast(pa.string()).to_pylist()]

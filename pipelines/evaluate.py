@@ -1,0 +1,76 @@
+"""Scores of labelled clips at several capacities: decoded once, run once per capacity."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from mone.checkpoint import Checkpoint
+from pipelines.annotate import model_stage, plan_stage, tokenize_stage
+from pipelines.archive import Video
+from pipelines.predict import Annotator
+from pipelines.schema import Status
+from pipelines.timeline import ClipPlan
+from pipelines.tokenize import patches_of
+
+_SCORED = pa.schema(
+    [
+        ("video", pa.string()),
+        ("label", pa.string()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+        ("probabilities", pa.list_(pa.float32())),  # [K, C] flat; empty unless ok
+    ]
+)
+
+
+class ScoredClip(NamedTuple):
+    """One labelled clip.
+
+    Attributes:
+        video: Its file.
+        label: Its class.
+        error: Why it has no scores; "" where it has.
+        probabilities_KC: float32 [K, C], a row per capacity, where it has.
+    """
+
+    video: str
+    label: str
+    error: str
+    probabilities_KC: np.ndarray
+
+
+class Scorer:
+    """A model at K capacities, as a callable for Ray Data: DECODED rows to scored rows."""
+
+    def __init__(self, checkpoint: Checkpoint, capacities: tuple[float, ...]) -> None:
+        self.config = checkpoint.config
+        self.annotator = Annotator(checkpoint, capacities[0], top_k=1)
+        self.capacities = capacities
+
+    def __call__(self, decoded: pa.Table) -> pa.Table:
+        """Score a batch."""
+        patches = patches_of(decoded, self.config)
+        scores = (
+            iter(np.stack([self.annotator.probabilities(patches, c) for c in self.capacities], 1))
+            if len(patches)
+            else iter(())
+        )
+        rows = decoded.select(["video", "label", "status", "error"]).to_pylist()
+        for row in rows:
+            row["probabilities"] = next(scores).ravel() if row["status"] == Status.OK else []
+        return pa.Table.from_pylist(rows, schema=_SCORED)
+
+
+def score_videos(
+    videos: Iterable[Video], plan: ClipPlan, checkpoint: Checkpoint, capacities: tuple[float, ...]
+) -> Iterator[ScoredClip]:
+    """Every clip of labelled videos with its class probabilities at each capacity, in no particular order."""
+    scored = model_stage(tokenize_stage(plan_stage(videos, plan), checkpoint.config), Scorer, (checkpoint, capacities))
+    for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in batch.to_pylist():
+            probabilities = np.array(row["probabilities"], dtype=np.float32)
+            error = "" if row["status"] == Status.OK else f"{row['status']}: {row['error']}"
+            yield ScoredClip(row["video"], row["label"], error, probabilities.reshape(len(capacities), -1))

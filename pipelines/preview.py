@@ -1,0 +1,84 @@
+"""Pictures of where the compute went: a clip's frames with the expert of each patch drawn over them."""
+
+import io
+
+import numpy as np
+import torch
+from einops import repeat
+from PIL import Image
+
+from mone.checkpoint import Checkpoint
+from mone.model import ViViT
+from mone.tubelets import to_patches
+from pipelines.decode import Clip, Source, View, decode_clips
+from pipelines.schema import PlannedClip
+
+# From the smallest expert (dark, almost clear) to the full one (bright): a viridis-like ramp, safe for the colour-blind.
+_RAMP = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [253, 231, 37]], dtype=np.float32)
+_OPACITY = 0.45
+_PICTURE_PX = 192
+_PICTURES = 4
+
+
+def expert_colours(num_experts: int) -> np.ndarray:
+    """One colour per expert, smallest first, uint8 [E, 3]."""
+    place = np.linspace(0, len(_RAMP) - 1, num_experts) if num_experts > 1 else np.array([len(_RAMP) - 1.0])
+    return np.stack([np.interp(place, range(len(_RAMP)), _RAMP[:, c]) for c in range(3)], axis=1).astype(np.uint8)
+
+
+def expert_maps(model: ViViT, frames_THWC: np.ndarray, capacity: float) -> np.ndarray:
+    """The expert of each patch, int64 [F, rows, columns], 0 the smallest.
+
+    Args:
+        model: In evaluation mode.
+        frames_THWC: uint8 frames of the model's size.
+        capacity: Effective capacity e_c.
+    """
+    patches = torch.from_numpy(np.ascontiguousarray(to_patches(frames_THWC, model.config)))
+    with torch.inference_mode():
+        expert_FN = model(patches.unsqueeze(0), capacity).plan.expert_BN[0]
+    return expert_FN.unflatten(-1, model.config.grid).numpy()
+
+
+def draw(frame_HWC: np.ndarray, expert_RC: np.ndarray, num_experts: int) -> np.ndarray:
+    """A frame with its experts as colours over it, uint8 [H, W, 3]; H and W are multiples of the grid."""
+    height, width = frame_HWC.shape[0] // expert_RC.shape[0], frame_HWC.shape[1] // expert_RC.shape[1]
+    colour_HWC = repeat(expert_colours(num_experts)[expert_RC], "r c k -> (r h) (c w) k", h=height, w=width)
+    return (frame_HWC * (1 - _OPACITY) + colour_HWC * _OPACITY).astype(np.uint8)
+
+
+def preview(clip: PlannedClip, checkpoint: Checkpoint, model: ViViT, capacity: float) -> list[tuple[bytes, bytes]]:
+    """A few moments of a clip, as pairs of JPEG files: the frame, and the frame with its experts.
+
+    Raises:
+        DecodeFailure: The clip cannot be decoded (any more).
+    """
+    config = checkpoint.config
+    scale = -(-_PICTURE_PX // config.height_px)
+    wanted = View(num_frames=config.num_frames, height_px=config.height_px * scale, width_px=config.width_px * scale)
+    source = Source(path=clip.video, width_px=clip.width_px, height_px=clip.height_px)
+    small, large = (
+        _decoded(source, clip, view)
+        for view in (View(num_frames=config.num_frames, height_px=config.height_px, width_px=config.width_px), wanted)
+    )
+    maps = expert_maps(model, small, capacity)
+    moments = np.linspace(0, config.num_indices - 1, min(_PICTURES, config.num_indices)).round().astype(int)
+    frames = [large[moment * config.tubelet_frames] for moment in moments]
+    return [
+        (jpeg(frame), jpeg(draw(frame, maps[moment], config.num_experts)))
+        for moment, frame in zip(moments, frames, strict=True)
+    ]
+
+
+def _decoded(source: Source, clip: PlannedClip, view: View) -> np.ndarray:
+    outcome = decode_clips(source, [(clip.start_s, clip.end_s)], view)[0]
+    if not isinstance(outcome, Clip):
+        raise outcome
+    return outcome.frames_THWC
+
+
+def jpeg(frame_HWC: np.ndarray) -> bytes:
+    """Encode uint8 [H, W, 3]."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(frame_HWC)).save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()

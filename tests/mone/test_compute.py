@@ -1,0 +1,87 @@
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mone.capacity import token_counts
+from mone.compute import clip_compute, clip_flops
+from mone.config import preset
+from mone.model import ViViT
+from tests.mone.conftest import small_config, some_patches
+
+CONFIGS = {
+    "cls": small_config(),
+    "mean": small_config(pooling="mean"),
+    "random": small_config(router="random"),
+    "wide": small_config(mlp_ratio=2, dim=64, num_heads=2, depth=3, temporal_depth=1),
+    "two experts": small_config(num_experts=2, num_classes=7, num_frames=6),
+    "one expert": small_config(num_experts=1, pooling="mean", num_frames=3, tubelet_frames=3),
+}
+
+
+def counted_flops(config, counts):
+    model, patches = ViViT(config).eval(), some_patches(config, batch=1)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(patches, counts=counts)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("capacity", [0.0, 0.4, 0.7, 1.0])
+def test_formula_equals_what_torch_counts(config, capacity):
+    capacity = max(capacity, config.widths[0] / config.dim)
+    counts = token_counts(capacity, config.num_tokens, config.num_experts)
+    assert clip_flops(config, counts) == counted_flops(config, counts)
+    assert clip_compute(config, capacity).flops == counted_flops(config, counts)
+
+
+@pytest.mark.parametrize("expert", range(4))
+def test_formula_holds_for_nested_sub_models(expert):
+    config = small_config(pooling="mean")
+    counts = tuple(config.num_tokens * (index == expert) for index in range(4))
+    assert clip_flops(config, counts) == counted_flops(config, counts)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "gmacs", "tolerance"),
+    [(1.0, 374.0, 0.01), (0.5, 198.6, 0.02), (0.4, 163.4, 0.01), (0.3, 128.6, 0.02), (0.2, 93.6, 0.02)],
+)
+def test_base_model_costs_what_the_papers_print(capacity, gmacs, tolerance):
+    config = preset("base", num_classes=174, height_px=256, width_px=256)
+    compute = clip_compute(config, capacity)
+    assert compute.flops / 2e9 == pytest.approx(gmacs, rel=tolerance)
+    assert compute.dense_flops / 2e9 == pytest.approx(374.0, rel=0.01)
+
+
+def test_base_model_at_224_px_costs_what_vivit_prints():
+    assert clip_compute(preset("base", num_classes=400), 1.0).flops / 2e9 == pytest.approx(283.3, rel=0.01)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_full_capacity_is_the_dense_model(config):
+    full = clip_compute(config, 1.0)
+    nobody = (0,) * (config.num_experts - 1)
+    assert full.flops == full.dense_flops == counted_flops(config, (*nobody, config.num_tokens))
+    assert full.tokens_per_expert == (*nobody, config.num_indices * config.num_tokens)
+
+
+@pytest.mark.parametrize("capacity", [0.125, 0.2, 0.4, 0.6, 0.8, 1.0])
+def test_tokens_are_those_of_the_routing_plan(capacity):
+    config = small_config(num_frames=6)
+    compute = clip_compute(config, capacity)
+    expert_FN = ViViT(config)(some_patches(config, batch=1), capacity).plan.expert_BN[0]
+    assert compute.tokens_per_expert == tuple(torch.bincount(expert_FN.flatten(), minlength=4).tolist())
+    assert sum(compute.tokens_per_expert) == config.num_indices * config.num_tokens
+
+
+def test_less_capacity_costs_less_and_never_changes_the_dense_count():
+    config = preset("tiny", num_classes=5)
+    computes = [clip_compute(config, capacity / 40) for capacity in range(5, 41)]
+    flops = [compute.flops for compute in computes]
+    assert flops == sorted(set(flops))
+    assert {compute.dense_flops for compute in computes} == {flops[-1]}
+
+
+def test_capacity_out_of_range_is_refused():
+    with pytest.raises(ValueError, match=r"between 0\.125 and 1"):
+        clip_compute(small_config(), 0.1)
