@@ -62,16 +62,16 @@ def estimate(manifest: Path, checkpoint: Checkpoint, capacity: float) -> Estimat
     """Decode and run a sample of the clips, and scale up."""
     tables = list(read_columns(manifest, MANIFEST.names, MANIFEST))
     table = pa.concat_tables(tables)
-    readable = table.filter(pc.equal(table["status"], Status.OK.value))
+    readable = table.filter(pc.field("status") == Status.OK.value)
     chosen = np.unique(np.linspace(0, len(readable) - 1, _SAMPLE_CLIPS).round().astype(int)) if len(readable) else []
     decode_s, model_s = _measure(readable.take(chosen), checkpoint, capacity) if len(chosen) else (np.zeros(1), 0.0)
     margin_s = 1.96 * decode_s.std(ddof=1) / len(decode_s) ** 0.5 if len(decode_s) > 1 else 0.0
     compute = clip_compute(checkpoint.config, capacity)
     return Estimate(
-        videos=len(pc.unique(table["video"])),
+        videos=len(table["video"].unique()),
         clips=len(table),
         planned_failures=len(table) - len(readable),
-        hours=(pc.sum(pc.subtract(table["end_s"], table["start_s"])).as_py() or 0.0) / 3600,
+        hours=float((table["end_s"].to_numpy() - table["start_s"].to_numpy()).sum()) / 3600,
         flops=compute.flops * len(readable),
         dense_flops=compute.dense_flops * len(readable),
         decode_core_s=(

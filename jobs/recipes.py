@@ -23,7 +23,7 @@ class Recipe:
 
 
 def motions() -> Recipe:
-    """The bundled model: 16 frames of 96 x 96, tubelets 2 x 8 x 8, nested pre-training, then adaptive MoNE.
+    """The bundled model: 16 frames of 80 x 80, tubelets 2 x 8 x 8, nested pre-training, then adaptive MoNE.
 
     python -m jobs.train --recipe motions --data motions --output runs/motions
     """
@@ -31,13 +31,13 @@ def motions() -> Recipe:
         model=ModelConfig(
             num_classes=12,
             num_frames=16,
-            height_px=96,
-            width_px=96,
+            height_px=80,
+            width_px=80,
             tubelet_frames=2,
             tubelet_px=8,
             dim=128,
-            num_heads=2,
-            depth=6,
+            num_heads=4,
+            depth=4,
             temporal_depth=3,
             pooling="cls",
             pixels="centred",

@@ -4,7 +4,6 @@ python -m jobs.report DIR
 """
 
 import base64
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from jobs.cli import UserError, checking_input, run
 from jobs.inputs import Folder
 from jobs.run_record import read_run
 from mone.capacity import expert_shares
-from mone.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from mone.checkpoint import CheckpointError, read_checkpoint
 from pipelines.annotate import ANNOTATIONS_DIR, MANIFEST_DIR
-from pipelines.ledger import Totals, audit, read_columns, totals
+from pipelines.ledger import audit, read_columns, totals
 from pipelines.preview import expert_colours, preview
 from pipelines.probe import DecodeFailure
 from pipelines.schema import ANNOTATIONS, MANIFEST, PlannedClip, Status
@@ -72,7 +71,7 @@ def report(config: Report) -> None:
     )
     partial = folder / f"{REPORT_FILE}.partial"
     partial.write_text(page)
-    os.replace(partial, folder / REPORT_FILE)
+    partial.replace(folder / REPORT_FILE)
     print(folder / REPORT_FILE)
 
 
@@ -112,8 +111,7 @@ def _choose(folder: Path, count: int) -> list[tuple[PlannedClip, dict[str, Any]]
 
 def _rows_by_id(folder: Path, schema: pa.Schema, ids: list[str]) -> dict[str, dict[str, Any]]:
     tables = read_columns(folder, schema.names, schema)
-    wanted = pa.array(ids)
-    found = pa.concat_tables(table.filter(pa.compute.is_in(table["clip_id"], value_set=wanted)) for table in tables)
+    found = pa.concat_tables(table.filter(pc.field("clip_id").isin(ids)) for table in tables)
     return {row["clip_id"]: row for row in found.to_pylist()}
 
 

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import time
 from pathlib import Path
@@ -45,7 +44,7 @@ def write_run(output: Path, record: dict[str, Any]) -> None:
     """Write the record; it appears whole or not at all."""
     partial = output / f"{RUN_FILE}.partial"
     partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, output / RUN_FILE)
+    partial.replace(output / RUN_FILE)
 
 
 def totals_record(totals: Totals) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from jobs.inputs import make_output
 from jobs.recipes import RECIPES, Recipe
 from mone.checkpoint import save_checkpoint
 from mone.model import ViViT
-from mone.training import DivergedError, EpochReport, Trainer, accuracy
+from mone.training import DivergedError, EpochReport, MemoryClips, Trainer, accuracy
 from pipelines.archive import list_labelled
 from pipelines.synthetic import MOTIONS
+from pipelines.synthetic_stream import motions
 from pipelines.timeline import ClipPlan
-from pipelines.training_stream import MemoryClips, labelled, motions
+from pipelines.training_stream import labelled
 
 STATE_FILE, METRICS_FILE, MODEL_DIR = "state.pt", "metrics.jsonl", "model"
 MOTIONS_DATA = "motions"

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,7 @@ class Checkpoint:
         """
         try:
             tensors = load_tensors(self.weights)
-        except SafetensorError as error:
+        except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch has no name for
             raise CheckpointError(f"{WEIGHTS_FILE} is not a safetensors file: {error}") from error
         with torch.device("meta"):
             model = ViViT(self.config)
@@ -59,7 +58,7 @@ class Checkpoint:
 def _check_tensors(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     for name in sorted(tensors.keys() ^ expected.keys()):
         raise CheckpointError(f"tensor {name} is {'not in the model' if name in tensors else 'missing'}")
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         if tensor.shape != expected[name].shape:
             raise CheckpointError(
                 f"tensor {name} has shape {list(tensor.shape)}, the config wants {list(expected[name].shape)}"
@@ -80,11 +79,11 @@ def read_checkpoint(folder: Path | str) -> Checkpoint:
     config_text = _read(folder / CONFIG_FILE).decode(errors="replace")
     try:
         config = ModelConfig.from_dict(json.loads(config_text))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
     try:
         labels = json.loads(_read(folder / LABELS_FILE))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / LABELS_FILE}: {error}") from error
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise CheckpointError(f"{folder / LABELS_FILE}: a list of strings is needed")
@@ -139,4 +138,4 @@ def save_checkpoint(
 def _write(path: Path, content: bytes) -> None:
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_bytes(content)
-    os.replace(partial, path)
+    partial.replace(path)

@@ -1,6 +1,7 @@
 """Sizes of a model: the one place where widths, depths and token counts are decided and checked."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,9 +28,9 @@ class ModelConfig:
             token and all others report to it.
         router: "learned" is the paper's; "random" gives every token a pseudo-random preference, the baseline that a
             learned router has to beat.
-        pixels: How uint8 becomes float. "scaled" is x / 127.5 - 1, as most public weights expect. "centred" takes off the
-            frame's mean (one number) and divides by 64: a model trained from scratch on little data starts to learn
-            much sooner when the common brightness does not drown what differs.
+        pixels: How uint8 becomes float. "scaled" is x / 127.5 - 1, as most public weights expect. "centred" takes
+            off the frame's mean (one number) and divides by 64: a model trained from scratch on little data starts to
+            learn much sooner when the common brightness does not drown what differs.
         span_s: Seconds of video that a training clip spanned, the default span when an archive is planned.
     """
 
@@ -57,9 +58,10 @@ class ModelConfig:
             ValueError: A size that does not fit the others, with the values.
         """
         sizes = dataclasses.asdict(self)
-        for name, value in sizes.items():
-            if isinstance(value, (int, float)) and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+        for name, kind in self.__annotations__.items():
+            value = sizes[name]
+            if kind in (int, float) and (type(value) not in {kind, int} or not 0 < value < math.inf):
+                raise ValueError(f"{name} must be a positive {kind.__name__}, got {value!r}")
         self._require_multiple("num_frames", "tubelet_frames")
         self._require_multiple("height_px", "tubelet_px")
         self._require_multiple("width_px", "tubelet_px")
@@ -110,9 +112,11 @@ class ModelConfig:
         Raises:
             ValueError: A key that is missing or unknown, or a size that does not fit; named.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"an object is needed, not {type(values).__name__}")
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := set(values) - known:
-            raise ValueError(f"unknown keys {', '.join(sorted(unknown))}")
+            raise ValueError(f"unknown keys {', '.join(map(repr, sorted(unknown)))}")
         if "num_classes" not in values:
             raise ValueError("num_classes is missing")
         return cls(**values)

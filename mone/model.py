@@ -74,7 +74,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_SND: Tensor, segments: Segments, gain_SN1: Tensor | float = 1.0) -> Tensor:
-        """z = x + SA_j(x);  x' = z + gain FFN_j(z), with gain = alpha r_j + 1 for routed tokens."""
+        """Z = x + SA_j(x);  x' = z + gain FFN_j(z), with gain = alpha r_j + 1 for routed tokens."""
         z_SND = x_SND + self.attention(self.norm_attention(x_SND), segments)
         return z_SND + gain_SN1 * self.mlp(self.norm_mlp(z_SND), segments)
 
@@ -182,12 +182,12 @@ class ViViT(nn.Module):
                 f"counts {counts} do not split {config.num_tokens} tokens over {config.num_experts} experts"
             )
 
-        batch = len(patches_BFNP)
+        batch_and_indices = patches_BFNP.shape[:2]
         patches_SNP = patches_BFNP.flatten(0, 1)
         x_SND = self.embed(to_float(patches_SNP, config, self.embed.weight.dtype))
         frames_SD, plan = self.spatial(x_SND, patches_SNP, counts)
-        logits_BC = self.head(self.temporal(frames_SD.unflatten(0, (batch, -1))))
-        order, expert, weight = (tensor.unflatten(0, (batch, -1)) for tensor in plan[:3])
+        logits_BC = self.head(self.temporal(frames_SD.unflatten(0, batch_and_indices)))
+        order, expert, weight = (tensor.unflatten(0, batch_and_indices) for tensor in plan[:3])
         return Prediction(logits_BC, RoutingPlan(order, expert, weight, counts))
 
 
@@ -207,7 +207,8 @@ def initialise(model: ViViT) -> None:
     | linear weights | Xavier uniform, which suits every width (a fixed std of 0.02 leaves small models deaf) |
     | linear and LayerNorm biases | 0 |
     | LayerNorm weights | 1 |
-    | position embeddings, class tokens | normal, std 0.02 |
+    | position embeddings | normal, std 0.5: at 0.02 small models are blind to place (patches are of order 1) |
+    | class tokens | normal, std 0.02 |
     | head | 0: the first loss is log(classes) |
     | alpha | 0 (MoNE section 3.1) |
     """
@@ -216,6 +217,8 @@ def initialise(model: ViViT) -> None:
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     for name, parameter in model.named_parameters():
-        if "position" in name or "class_token" in name:
+        if "position" in name:
+            nn.init.normal_(parameter, std=0.5)
+        if "class_token" in name:
             nn.init.normal_(parameter, std=0.02)
     nn.init.zeros_(model.head.weight)

@@ -6,6 +6,7 @@ Shapes: B sequences (one per clip and temporal index), N tokens, D features, E e
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -33,13 +34,15 @@ class LearnedRouter(nn.Linear):
         super().__init__(dim, num_experts)
 
     def forward(self, tokens_BND: Tensor, patches_BNP: Tensor) -> Tensor:
-        """Probabilities float32 [B, N, E].
+        """Probabilities [B, N, E].
 
-        Computed in float32 under autocast too: rounding to bfloat16 makes ties, and ties decide by position.
+        Computed in float32 at least, under autocast too: rounding to bfloat16 makes ties, and ties decide by position.
         """
         del patches_BNP
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(tokens_BND.device.type, enabled=False):
-            return super().forward(tokens_BND.float()).softmax(dim=-1)
+            logits_BNE = F.linear(tokens_BND.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        return logits_BNE.softmax(dim=-1)
 
 
 class RandomRouter(nn.Module):

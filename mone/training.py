@@ -7,12 +7,11 @@ Shapes: B clips, F temporal indices, N tokens per index, P values per patch.
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +39,32 @@ class ClipSource(Protocol):
     def batches(self, batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
         """One epoch, in an order drawn from the generator (None: as stored); the last batch may be smaller."""
         ...
+
+
+class MemoryClips:
+    """Clips that fit in memory, kept on the training device.
+
+    Attributes:
+        patches_SFNP: uint8 patches of all clips.
+        labels_S: int64 classes.
+    """
+
+    def __init__(self, patches_SFNP: Tensor, labels_S: Tensor) -> None:
+        assert len(patches_SFNP) == len(labels_S)
+        self.patches_SFNP, self.labels_S = patches_SFNP, labels_S
+
+    def __len__(self) -> int:
+        return len(self.labels_S)
+
+    def batches(self, batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
+        """One epoch; every clip once."""
+        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
+        for chosen in order.to(self.labels_S.device).split(batch_size):
+            yield Batch(self.patches_SFNP[chosen], self.labels_S[chosen])
+
+    def to(self, device: torch.device | str) -> "MemoryClips":
+        """The same clips on a device."""
+        return MemoryClips(self.patches_SFNP.to(device), self.labels_S.to(device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +163,7 @@ class Trainer:
     @property
     def averaged(self) -> ViViT:
         """The model of averaged weights, which is the result."""
-        return self.average.module
+        return cast(ViViT, self.average.module)
 
     def run(self, clips: ClipSource) -> Iterator[EpochReport]:
         """Train to the end; yields after each epoch, so that the caller logs, saves, evaluates or stops.
@@ -214,7 +239,7 @@ class Trainer:
         }
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
-        os.replace(partial, path)
+        partial.replace(path)
 
     def load(self, path: Path) -> None:
         """Continue where `save` was called."""
@@ -227,7 +252,7 @@ class Trainer:
 
 def schedule(done_share: float, warmup_share: float) -> float:
     """Linear warm-up, then half a cosine down to zero; a factor in [0, 1]."""
-    if done_share < warmup_share:
+    if done_share < warmup_share or warmup_share >= 1:
         return (done_share + 1e-3) / (warmup_share + 1e-3)
     return 0.5 * (1 + math.cos(math.pi * (done_share - warmup_share) / (1 - warmup_share)))
 

@@ -1,6 +1,7 @@
 """The two graphs of Ray Data: videos -> manifest, and manifest -> annotations."""
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def plan_stage(videos: Iterable[Video], plan: ClipPlan) -> Dataset:
     return (
         ray.data.from_arrow(table)
         .repartition(-(-len(table) // _VIDEOS_PER_TASK))
-        .map_batches(_plan_table, fn_kwargs={"plan": plan}, batch_size=None, batch_format="pyarrow")
+        .map_batches(functools.partial(_plan_table, plan=plan), batch_size=None, batch_format="pyarrow")
     )
 
 
@@ -103,8 +104,7 @@ def _plan_table(videos: pa.Table, plan: ClipPlan) -> pa.Table:
 def tokenize_stage(manifest: Dataset, config: ModelConfig) -> Dataset:
     """MANIFEST rows -> DECODED rows, on CPUs."""
     return manifest.repartition(target_num_rows_per_block=_CLIPS_PER_TASK).map_batches(
-        tokenize_table,
-        fn_kwargs={"config": config},
+        functools.partial(tokenize_table, config=config),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,  # both decoders run on one thread

@@ -1,7 +1,7 @@
 """From a file and spans of it to frames: decord first, PyAV where decord cannot, timestamps in both.
 
-Frames are scaled in the decoder (bicubic, short side to the model's size) and cropped at the centre, the usual test view
-of video models. Neither decoder lives longer than one call: an idle decord reader decodes ahead without limit.
+Frames are scaled in the decoder (bicubic, short side to the model's size) and cropped at the centre, the usual test
+view of video models. Neither decoder lives longer than one call: an idle decord reader decodes ahead without limit.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import decord
 import numpy as np
 from av.video.frame import VideoFrame
 
-from pipelines.probe import DecodeFailure, decode_frames, first_pts, open_video
+from pipelines.probe import DecodeFailure, decode_frames, first_pts, open_video, tick_s
 from pipelines.schema import Status
 from pipelines.timeline import frames_at, instants
 
@@ -180,13 +180,13 @@ def _decode_span_pyav(source: Source, span: tuple[float, float], view: View) -> 
     container, stream = open_video(source.path)
     with container:
         times_s = instants(*span, view.num_frames)
-        zero, tick_s = first_pts(stream), float(stream.time_base or 1)
+        zero, tick = first_pts(stream), tick_s(stream)
         damaged: list[str] = []
         try:
             if span[0] > 0:
-                container.seek(zero + int(span[0] / tick_s), stream=stream)
+                container.seek(zero + int(span[0] / tick), stream=stream)
             frames, shown, end_s = _pick(
-                decode_frames(container, stream, damaged), times_s, lambda frame: (frame.pts - zero) * tick_s
+                decode_frames(container, stream, damaged), times_s, lambda frame: (frame.pts - zero) * tick
             )
             if not frames:
                 raise DecodeFailure(Status.DECODE_ERROR, damaged[0]) if damaged else _nothing_there(span, end_s)
@@ -249,7 +249,7 @@ def _short_note(shown: int, wanted: int) -> str:
 
 
 def _decord_reason(error: BaseException) -> str:
-    """decord's messages carry source lines and stack traces; the gist is the end of the first line."""
+    """Decord's messages carry source lines and stack traces; the gist is the end of the first line."""
     first = str(error).strip().split("\n")[0]
     return first.rsplit("] ", 1)[-1].split(": ", 1)[-1][:120] or type(error).__name__
 

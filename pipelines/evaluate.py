@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from mone.checkpoint import Checkpoint
 from pipelines.annotate import model_stage, plan_stage, tokenize_stage
@@ -70,7 +69,7 @@ def score_videos(
     """Every clip of labelled videos with its class probabilities at each capacity, in no particular order."""
     scored = model_stage(tokenize_stage(plan_stage(videos, plan), checkpoint.config), Scorer, (checkpoint, capacities))
     for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for row in batch.to_pylist():
+        for row in pa.table(batch).to_pylist():
             probabilities = np.array(row["probabilities"], dtype=np.float32)
             error = "" if row["status"] == Status.OK else f"{row['status']}: {row['error']}"
             yield ScoredClip(row["video"], row["label"], error, probabilities.reshape(len(capacities), -1))

@@ -13,7 +13,7 @@ from mone.tubelets import to_patches
 from pipelines.decode import Clip, Source, View, decode_clips
 from pipelines.schema import PlannedClip
 
-# From the smallest expert (dark, almost clear) to the full one (bright): a viridis-like ramp, safe for the colour-blind.
+# From the smallest expert (dark) to the full one (bright), as in viridis: safe for the colour-blind.
 _RAMP = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [253, 231, 37]], dtype=np.float32)
 _OPACITY = 0.45
 _PICTURE_PX = 192

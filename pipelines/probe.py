@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import av
 import av.container
 import av.error
+from av import logging
 from av.video.stream import VideoStream
 
 from pipelines.schema import Status
@@ -15,7 +16,7 @@ MAX_FRAME_PIXELS = 8192 * 8192
 
 _TS_PACKET_BYTES = 188
 
-av.logging.set_level(av.logging.PANIC)  # failures become rows; FFmpeg's own lines would drown the progress
+logging.set_level(logging.PANIC)  # failures become rows; FFmpeg's own lines would drown the progress
 
 
 class DecodeFailure(Exception):  # noqa: N818 - becomes a row
@@ -77,7 +78,7 @@ def open_video(path: str) -> tuple[av.container.InputContainer, VideoStream]:
         raise DecodeFailure(Status.DECODE_ERROR, f"cannot open: {_reason(error)}") from error
     try:
         stream = container.streams.best("video")
-        if stream is None:
+        if not isinstance(stream, VideoStream):
             raise DecodeFailure(Status.UNSUPPORTED, "no video stream")
         if container.format.name.endswith("_pipe") or container.format.name == "image2":
             raise DecodeFailure(Status.UNSUPPORTED, f"a still picture ({container.format.name}), not a video")
@@ -144,6 +145,11 @@ def first_pts(stream: VideoStream) -> int:
     return stream.start_time or 0
 
 
+def tick_s(stream: VideoStream) -> float:
+    """Seconds of one unit of the stream's presentation times."""
+    return float(stream.time_base or 1)
+
+
 def decode_frames(container, stream: VideoStream, damaged: list[str]):
     """Decode from where the container stands to its end, going on after damaged packets.
 
@@ -167,7 +173,7 @@ def decode_frames(container, stream: VideoStream, damaged: list[str]):
 
 def _stated_duration_s(container: av.container.InputContainer, stream: VideoStream) -> float:
     if stream.duration:
-        return float(stream.duration * stream.time_base)
+        return stream.duration * tick_s(stream)
     return container.duration / av.time_base if container.duration else 0.0
 
 
@@ -175,7 +181,7 @@ def _readable_duration_s(container: av.container.InputContainer, stream: VideoSt
     """Trust the header, but look: demux the last second; where nothing is there, demux everything."""
     end_s = 0.0
     if stated_s:
-        near_end = first_pts(stream) + int(max(stated_s - 1.0, 0.0) / stream.time_base)
+        near_end = first_pts(stream) + int(max(stated_s - 1.0, 0.0) / tick_s(stream))
         end_s = _last_end_s(container, stream, near_end)
     if not stated_s or end_s < stated_s - 1.0:
         end_s = max(end_s, _last_end_s(container, stream, first_pts(stream)))
@@ -193,9 +199,7 @@ def _last_end_s(container: av.container.InputContainer, stream: VideoStream, fro
                 end = max(end, packet.pts + (packet.duration or 0) - first_pts(stream))
     except av.error.FFmpegError:
         pass  # the end of what can be read
-    if not end:
-        return 0.0
-    return float(end * stream.time_base)
+    return end * tick_s(stream)
 
 
 def _reason(error: BaseException) -> str:

@@ -246,9 +246,7 @@ def _texel_index(dx: np.ndarray, dy: np.ndarray, radius_px: float, angle_rad: fl
     return np.clip(v, 0, last) * SPRITE_TEXELS + np.clip(u, 0, last), hit
 
 
-def film(
-    world: np.ndarray, rng: np.random.Generator, *, size_px: int, clutter: float
-) -> tuple[np.ndarray, np.ndarray]:
+def film(world: np.ndarray, rng: np.random.Generator, *, size_px: int, clutter: float) -> tuple[np.ndarray, np.ndarray]:
     """Looks at the world through a camera that shakes, flickers and has a noisy sensor.
 
     Args:

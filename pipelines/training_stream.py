@@ -1,4 +1,4 @@
-"""Training clips in memory, uint8, from generated motions or from labelled videos."""
+"""Labelled videos as training clips in memory, uint8."""
 
 import functools
 import multiprocessing
@@ -7,45 +7,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from mone.config import ModelConfig
-from mone.training import Batch
+from mone.training import MemoryClips
 from mone.tubelets import to_patches
 from pipelines.archive import Video
 from pipelines.decode import Clip, Source, decode_clips
 from pipelines.manifest import plan_video
 from pipelines.schema import Status
-from pipelines.synthetic import MOTIONS, render, split_seeds
 from pipelines.timeline import ClipPlan
 from pipelines.tokenize import view_of
-
-
-class MemoryClips:
-    """Clips that fit in memory, kept on the training device: a `mone.training.ClipSource`.
-
-    Attributes:
-        patches_SFNP: uint8 patches of all clips.
-        labels_S: int64 classes.
-    """
-
-    def __init__(self, patches_SFNP: Tensor, labels_S: Tensor) -> None:
-        assert len(patches_SFNP) == len(labels_S)
-        self.patches_SFNP, self.labels_S = patches_SFNP, labels_S
-
-    def __len__(self) -> int:
-        return len(self.labels_S)
-
-    def batches(self, batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
-        """One epoch; every clip once."""
-        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        for chosen in order.to(self.labels_S.device).split(batch_size):
-            yield Batch(self.patches_SFNP[chosen], self.labels_S[chosen])
-
-    def to(self, device: torch.device | str) -> "MemoryClips":
-        """The same clips on a device."""
-        return MemoryClips(self.patches_SFNP.to(device), self.labels_S.to(device))
 
 
 class Example(NamedTuple):
@@ -53,18 +25,6 @@ class Example(NamedTuple):
 
     patches_FNP: np.ndarray
     label: int
-
-
-def motions(split: str, count: int, config: ModelConfig, *, num_workers: int | None = None) -> MemoryClips:
-    """Render `count` motions of a split, in as many processes as there are cores."""
-    with _pool(num_workers) as pool:
-        rendered = pool.imap(functools.partial(_render, config=config), split_seeds(split, count), chunksize=16)
-        return _collect(tqdm(rendered, f"render {split}", count, unit="clip", mininterval=2), config)
-
-
-def _render(seed: int, config: ModelConfig) -> Example:
-    clip = render(seed, num_frames=config.num_frames, size_px=config.height_px)
-    return Example(to_patches(clip.frames, config), MOTIONS.index(clip.label))
 
 
 def labelled(

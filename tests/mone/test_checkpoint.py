@@ -125,11 +125,11 @@ def test_broken_json_is_refused_with_its_file(folder, name, content):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"colour": 1}, "unknown keys colour"),
+        ({"colour": 1}, "unknown keys 'colour'"),
         ({"dim": 36}, "dim 36 cannot be halved"),
         ({"pooling": ["cls"]}, "pooling must be one of"),
         ({"num_classes": 6}, "5 labels for 6 classes"),
-        ({"dim": 64}, r"tensor \S+ has shape \[.*32.*\], the config wants \[.*64.*\]"),
+        ({"dim": 64}, r"tensor \S+ has shape \[[\d, ]+\], the config wants \[[\d, ]+\]"),
         ({"depth": 2}, "tensor spatial.blocks.1.attention.out.bias is missing"),
         ({"router": "random"}, "tensor spatial.router.bias is not in the model"),
     ],
@@ -139,9 +139,6 @@ def test_config_that_does_not_fit_is_refused(folder, changes, message):
     assert re.search(message, refusal(folder))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="types of sizes are not checked: TypeError leaves read_checkpoint, or none comes"
-)
 @pytest.mark.parametrize(
     "changes",
     [{"dim": 32.0}, {"depth": 1.0}, {"depth": "1"}, {"num_heads": 4.0}, {"mlp_ratio": None}, {"span_s": "2.56"}],
@@ -152,13 +149,11 @@ def test_config_value_of_another_type_is_refused_with_its_key(folder, changes):
     assert next(iter(changes)) in refusal(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="the key is quoted as it is")
 def test_message_stays_on_one_line_whatever_the_key(folder):
     change_config(folder, **{"two\nlines": 1})
     refusal(folder)
 
 
-@pytest.mark.xfail(strict=True, raises=RecursionError, reason="json's RecursionError is not caught")
 def test_json_nested_too_deeply_is_refused(folder):
     (folder / CONFIG).write_text("[" * 100_000)
     refusal(folder)
@@ -192,7 +187,6 @@ def test_truncated_weights_are_refused(folder, keep):
     assert f"{WEIGHTS} is not a safetensors file" in refusal(folder)
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="safetensors' KeyError for dtypes it has no name for")
 def test_weights_of_an_exotic_dtype_are_refused(folder):
     header = json.dumps({"head.bias": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + b"\0")

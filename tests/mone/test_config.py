@@ -41,9 +41,9 @@ def test_unknown_preset_is_refused_with_the_known_ones():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_classes": 0}, "num_classes must be positive, got 0"),
-        ({"depth": -1}, "depth must be positive, got -1"),
-        ({"span_s": float("nan")}, "span_s must be positive"),
+        ({"num_classes": 0}, "num_classes must be a positive int, got 0"),
+        ({"depth": -1}, "depth must be a positive int, got -1"),
+        ({"span_s": float("nan")}, "span_s must be a positive float"),
         ({"num_frames": 5}, "num_frames 5 .* tubelet_frames 2"),
         ({"height_px": 13}, "height_px 13 .* tubelet_px 4"),
         ({"width_px": 18}, "width_px 18 .* tubelet_px 4"),
@@ -64,7 +64,7 @@ def test_config_survives_json():
 
 
 def test_from_dict_names_every_unknown_key():
-    with pytest.raises(ValueError, match="unknown keys colour, size"):
+    with pytest.raises(ValueError, match="unknown keys 'colour', 'size'"):
         ModelConfig.from_dict({"num_classes": 2, "size": 1, "colour": 2})
 
 

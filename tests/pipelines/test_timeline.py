@@ -1,5 +1,7 @@
 """Spans and instants, against what their names promise and a slow loop."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,8 +9,8 @@ from hypothesis import strategies as st
 
 from pipelines.timeline import ClipPlan, frames_at, instants
 
-oracle = settings(max_examples=200, deadline=None, derandomize=True)
-durations_s = st.floats(0.01, 5000)
+oracle = settings(max_examples=60, deadline=None, derandomize=True)
+durations_s = st.floats(0.01, 200)
 spans_s = st.floats(0.1, 60)
 TICK_S = 2e-6  # starts are rounded to microseconds
 TAIL_S = 0.05  # about a frame: the end of a video is not known better
@@ -31,7 +33,7 @@ def test_covering_leaves_no_gap(duration_s, span_s, stride_share):
     spans = plan.spans(duration_s)
     check_spans(spans, plan, duration_s)
     assert spans[0][0] == 0 and spans[-1][1] >= duration_s - TAIL_S - TICK_S
-    assert all(later[0] <= earlier[1] + TICK_S for earlier, later in zip(spans, spans[1:], strict=False))
+    assert all(later[0] <= earlier[1] + TICK_S for earlier, later in itertools.pairwise(spans))
 
 
 @oracle
@@ -40,7 +42,7 @@ def test_side_by_side_is_the_default(duration_s, span_s):
     spans = ClipPlan(span_s=span_s).spans(duration_s)
     assert spans == ClipPlan(span_s=span_s, stride_s=span_s).spans(duration_s)
     assert len(spans) <= np.ceil(duration_s / span_s) + 1e-9
-    for earlier, later in zip(spans[:-2], spans[1:-1], strict=True):
+    for earlier, later in itertools.pairwise(spans[:-1]):
         assert later[0] == pytest.approx(earlier[1], abs=TICK_S)
 
 
