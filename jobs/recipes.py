@@ -46,12 +46,13 @@ def motions() -> Recipe:
         train=TrainConfig(
             stages=(
                 Stage(name="nested", epochs=10, routing="nested", learning_rate=1e-3),
-                Stage(name="adaptive", epochs=20, routing="mone", learning_rate=7e-4),
+                Stage(name="adaptive", epochs=30, routing="mone", learning_rate=8e-4),
             ),
             batch_size=128,
+            label_smoothing=0.05,
             bf16=True,
         ),
-        num_clips=48_000,
+        num_clips=36_000,
     )
 
 

@@ -6,7 +6,7 @@ python -m jobs.train --recipe motions --data motions --output DIR
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,8 @@ from jobs.recipes import RECIPES, Recipe
 from mone.checkpoint import save_checkpoint
 from mone.model import ViViT
 from mone.training import DivergedError, EpochReport, MemoryClips, Trainer, accuracy
-from pipelines.archive import list_labelled
 from pipelines.synthetic import MOTIONS
 from pipelines.synthetic_stream import motions
-from pipelines.timeline import ClipPlan
-from pipelines.training_stream import labelled
 
 STATE_FILE, METRICS_FILE, MODEL_DIR = "state.pt", "metrics.jsonl", "model"
 MOTIONS_DATA = "motions"
@@ -101,34 +98,41 @@ def _line(report: EpochReport, scores: dict[float, float]) -> str:
     )
 
 
-def _data(config: Train):
-    """How to load training and held-out clips of a recipe, and the names of the classes.
+LoadClips = Callable[[Recipe], tuple[MemoryClips, MemoryClips]]
+
+
+def _data(config: Train) -> tuple[LoadClips, tuple[str, ...]]:
+    """How to load training and held-out clips of a recipe, and the names of the classes."""
+    return (_rendered, MOTIONS) if config.data == MOTIONS_DATA else _labelled(config)
+
+
+def _rendered(recipe: Recipe) -> tuple[MemoryClips, MemoryClips]:
+    return motions("train", recipe.num_clips, recipe.model), motions("val", 1200, recipe.model)
+
+
+def _labelled(config: Train) -> tuple[LoadClips, tuple[str, ...]]:
+    """Labelled videos; the test split is never looked at, and without splits everything is for training.
 
     Raises:
         ArchiveError: Data that cannot be listed.
     """
-    if config.data == MOTIONS_DATA:
+    # Here, so that a machine which only renders needs no decoder.
+    from pipelines.archive import list_labelled
+    from pipelines.timeline import ClipPlan
+    from pipelines.training_stream import labelled
 
-        def render(recipe: Recipe) -> tuple[MemoryClips, MemoryClips]:
-            return motions("train", recipe.num_clips, recipe.model), motions("val", 1200, recipe.model)
-
-        return render, MOTIONS
     videos = list(list_labelled(config.data))
-    # The test split is never looked at here. Without splits everything is for training.
-    chosen = [[video for video in videos if video.split in split] for split in (("train", ""), ("val",))]
-    if not chosen[0]:
+    parts = [[video for video in videos if video.split in splits] for splits in (("train", ""), ("val",))]
+    if not parts[0]:
         raise UserError(f"{config.data} has no rows with split 'train'")
     labels = tuple(sorted({video.label for video in videos}))
 
     def decode(recipe: Recipe) -> tuple[MemoryClips, MemoryClips]:
         plan = ClipPlan(span_s=recipe.model.span_s, clips_per_video=config.clips_per_video)
-        parts = []
-        for part in chosen:
-            clips, failures = labelled(part, labels, plan, recipe.model)
-            for name, reason in failures.items():
-                print(f"left out {name}: {reason}", file=sys.stderr)
-            parts.append(clips)
-        return parts[0], parts[1]
+        train, val = (labelled(part, labels, plan, recipe.model) for part in parts)
+        for name, reason in (train.failures | val.failures).items():
+            print(f"left out {name}: {reason}", file=sys.stderr)
+        return train.clips, val.clips
 
     return decode, labels
 

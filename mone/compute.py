@@ -52,7 +52,7 @@ def clip_flops(config: ModelConfig, counts: tuple[int, ...]) -> int:
 
 def _stem_macs(config: ModelConfig) -> int:
     """Tubelet embedding and router of one frame."""
-    router_outputs = config.num_experts if config.router == "learned" else 0
+    router_outputs = 0 if config.router == "random" else config.num_experts
     return config.num_tokens * config.dim * (config.patch_values + router_outputs)
 
 

@@ -26,8 +26,8 @@ class ModelConfig:
         pooling: What the spatial encoder hands on for a frame: its class token, or the mean of its tokens. The
             paper leaves open whether a class token is routed; here it always takes the full expert, since it is one
             token and all others report to it.
-        router: "learned" is the paper's; "random" gives every token a pseudo-random preference, the baseline that a
-            learned router has to beat.
+        router: "learned" is the paper's; "motion" adds a prior from frame differences to it; "random" gives every token
+            a pseudo-random preference, the baseline that a learned router has to beat.
         pixels: How uint8 becomes float. "scaled" is x / 127.5 - 1, as most public weights expect. "centred" takes
             off the frame's mean (one number) and divides by 64: a model trained from scratch on little data starts to
             learn much sooner when the common brightness does not drown what differs.
@@ -47,7 +47,7 @@ class ModelConfig:
     mlp_ratio: int = 4
     num_experts: int = 4
     pooling: Literal["cls", "mean"] = "cls"
-    router: Literal["learned", "random"] = "learned"
+    router: Literal["learned", "motion", "random"] = "learned"
     pixels: Literal["scaled", "centred"] = "scaled"
     span_s: float = 2.56
 
@@ -70,7 +70,13 @@ class ModelConfig:
             raise ValueError(
                 f"dim {self.dim} cannot be halved {self.num_experts - 1} times for {self.num_experts} experts"
             )
-        choices = {"pooling": ("cls", "mean"), "router": ("learned", "random"), "pixels": ("scaled", "centred")}
+        if self.router == "motion" and self.tubelet_frames < 2:
+            raise ValueError("router 'motion' compares the frames of a tubelet, so tubelet_frames must be at least 2")
+        choices = {
+            "pooling": ("cls", "mean"),
+            "router": ("learned", "motion", "random"),
+            "pixels": ("scaled", "centred"),
+        }
         for name, allowed in choices.items():
             if sizes[name] not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {sizes[name]!r}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mone.capacity import token_counts
 from mone.config import ModelConfig
 from mone.nested import NestedIn, NestedOut, Segment, Segments, segments_of
-from mone.routing import LearnedRouter, RandomRouter, RoutingPlan, expert_preferred_routing
+from mone.routing import RoutingPlan, expert_preferred_routing, make_router
 
 _LARGEST_ALPHA = 1.0 - 1e-6
 
@@ -86,10 +86,7 @@ class SpatialEncoder(nn.Module):
         super().__init__()
         self.widths = config.widths
         self.num_class_tokens = int(config.pooling == "cls")
-        if config.router == "learned":
-            self.router = LearnedRouter(config.dim, config.num_experts)
-        else:
-            self.router = RandomRouter(config.num_experts)
+        self.router = make_router(config)
         self.position_ND = nn.Parameter(torch.zeros(config.num_tokens, config.dim))
         self.class_token_KD = nn.Parameter(torch.zeros(self.num_class_tokens, config.dim))
         self.alpha_L = nn.Parameter(torch.zeros(config.depth))

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mone.config import ModelConfig
+
 
 class RoutingPlan(NamedTuple):
     """Who goes where, decided once before the first block and kept through all of them.
@@ -38,11 +40,37 @@ class LearnedRouter(nn.Linear):
 
         Computed in float32 at least, under autocast too: rounding to bfloat16 makes ties, and ties decide by position.
         """
+        with torch.autocast(tokens_BND.device.type, enabled=False):
+            return self.logits(tokens_BND, patches_BNP).softmax(dim=-1)
+
+    def logits(self, tokens_BND: Tensor, patches_BNP: Tensor) -> Tensor:
+        """Logits [B, N, E]; the pixels are for routers that look at them."""
         del patches_BNP
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.autocast(tokens_BND.device.type, enabled=False):
-            logits_BNE = F.linear(tokens_BND.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-        return logits_BNE.softmax(dim=-1)
+        return F.linear(tokens_BND.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class MotionRouter(LearnedRouter):
+    """Beyond the paper: the learned router with a prior that what changes within a tubelet deserves a larger expert.
+
+    A linear router cannot see change, which has no sign, and where alpha stays at 0 it learns nothing at all. Here the
+    logit of expert j gets s_j m, where m is the mean absolute difference of the token's successive frames, standardised
+    over the frame's tokens, and s is learnt from a start that grows with the expert.
+    """
+
+    def __init__(self, dim: int, num_experts: int, tubelet_frames: int) -> None:
+        super().__init__(dim, num_experts)
+        self.tubelet_frames = tubelet_frames
+        self.prior_E = nn.Parameter(torch.linspace(0.0, 1.0, num_experts))
+
+    def logits(self, tokens_BND: Tensor, patches_BNP: Tensor) -> Tensor:
+        """Logits [B, N, E] with the prior."""
+        frames_BNTP = patches_BNP.unflatten(-1, (self.tubelet_frames, -1)).float()
+        motion_BN = frames_BNTP.diff(dim=-2).abs().mean(dim=(-2, -1))
+        centred_BN = motion_BN - motion_BN.mean(dim=-1, keepdim=True)
+        motion_BN = centred_BN / (centred_BN.square().mean(dim=-1, keepdim=True).sqrt() + 1.0)
+        logits_BNE = super().logits(tokens_BND, patches_BNP)
+        return logits_BNE + motion_BN.unsqueeze(-1).to(logits_BNE.dtype) * self.prior_E
 
 
 class RandomRouter(nn.Module):
@@ -100,3 +128,12 @@ def expert_preferred_routing(probabilities_BNE: Tensor, counts: tuple[int, ...])
     expert_BN = torch.empty_like(order_BN).scatter(-1, order_BN, expert_of_slot_N.expand_as(order_BN))
     weight_BN = probabilities_BNE.gather(-1, expert_BN.unsqueeze(-1)).squeeze(-1)
     return RoutingPlan(order_BN, expert_BN, weight_BN, counts)
+
+
+def make_router(config: ModelConfig) -> LearnedRouter | RandomRouter:
+    """The router that a config names."""
+    if config.router == "random":
+        return RandomRouter(config.num_experts)
+    if config.router == "motion":
+        return MotionRouter(config.dim, config.num_experts, config.tubelet_frames)
+    return LearnedRouter(config.dim, config.num_experts)

@@ -67,7 +67,7 @@ def list_labelled(data: str) -> Iterator[Video]:
     Raises:
         ArchiveError: As `list_videos`, or a video without a label.
     """
-    path = Path(data)
+    path = Path(local_path(data))
     if path.is_dir() and (path / "labels.csv").is_file():
         path = path / "labels.csv"
     for video in list_videos(str(path)):
@@ -81,61 +81,95 @@ def list_labelled(data: str) -> Iterator[Video]:
 
 
 def _list(archive: str) -> Iterator[Video]:
-    if "://" in archive:
-        scheme, _, rest = archive.partition("://")
-        if scheme != "file":
-            raise ArchiveError(f"cannot read {scheme}:// yet: copy the archive to a disk that all nodes see")
-        archive = rest
-    path = Path(archive)
+    path = Path(local_path(archive))
     if path.is_dir():
         yield from _list_folder(path)
     elif path.is_file():
         is_table = path.suffix.lower() in TABLE_EXTENSIONS
         yield from _list_table(path) if is_table else [Video(uri=str(path.resolve()))]
-    elif glob.has_magic(archive):
-        for match in sorted(glob.iglob(archive, recursive=True)):  # noqa: PTH207 - absolute patterns too
+    elif glob.has_magic(str(path)):
+        for match in sorted(glob.iglob(str(path), recursive=True)):  # noqa: PTH207 - absolute patterns too
             if Path(match).is_file():
-                yield Video(uri=str(Path(match).resolve()))
+                yield Video(uri=_readable_name(str(Path(match).resolve())))
     else:
         raise ArchiveError(f"no such archive: {archive}")
+
+
+def local_path(uri: str) -> str:
+    """The path of a file:// address or of a plain path.
+
+    Raises:
+        ArchiveError: Another scheme.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return uri
+    if scheme != "file":
+        raise ArchiveError(f"cannot read {scheme}:// yet: copy the archive to a disk that all nodes see")
+    return rest
+
+
+def _readable_name(path: str) -> str:
+    """The path, if it can be written in UTF-8, as every table that we make is.
+
+    Raises:
+        ArchiveError: It cannot.
+    """
+    if not path.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in path):
+        raise ArchiveError(f"the name of {path!r} is not UTF-8; rename the file")
+    return path
 
 
 def _list_folder(folder: Path) -> Iterator[Video]:
     def refuse(error: OSError) -> None:
         raise ArchiveError(f"cannot list {error.filename}: {error.strerror}") from error
 
+    visited: set[tuple[int, int]] = set()
     for parent, folders, names in os.walk(folder.resolve(), onerror=refuse, followlinks=True):
+        stat = Path(parent).stat()
+        if (stat.st_dev, stat.st_ino) in visited:  # a link back up
+            folders.clear()
+            continue
+        visited.add((stat.st_dev, stat.st_ino))
         folders.sort()
         for name in sorted(names):
             if Path(name).suffix.lower() in VIDEO_EXTENSIONS:
-                yield Video(uri=str(Path(parent) / name))
+                yield Video(uri=_readable_name(str(Path(parent) / name)))
 
 
 def _list_table(path: Path) -> Iterator[Video]:
     table = read_table(path)
     if "video" not in table.column_names:
         raise ArchiveError(f"{path} has no column 'video'; it has {', '.join(table.column_names) or 'no columns'}")
-    columns = [_strings(table, name) for name in ("video", "label", "split")]
+    columns = [_strings(table, name, path) for name in ("video", "label", "split")]
     for number, (video, label, split) in enumerate(zip(*columns, strict=True), start=1):
         if not video:
             raise ArchiveError(f"{path}: row {number} has no video")
-        yield Video(uri=os.path.normpath(path.resolve().parent / video), label=label, split=split)
+        yield Video(uri=os.path.normpath(path.resolve().parent / local_path(video)), label=label, split=split)
 
 
 def read_table(path: Path) -> pa.Table:
-    """Read a .csv, .parquet or .jsonl file.
+    """Read a .csv, .parquet or .jsonl file; text in a .csv is taken as it stands.
 
     Raises:
         ArchiveError: A file that is not what its extension says.
     """
-    readers = {".csv": pyarrow.csv.read_csv, ".jsonl": pyarrow.json.read_json, ".parquet": pyarrow.parquet.read_table}
     try:
-        return readers[path.suffix.lower()](path)
-    except (pa.ArrowInvalid, OSError) as error:
+        if path.suffix.lower() == ".csv":
+            text = dict.fromkeys(("video", "label", "split"), pa.string())
+            options = pyarrow.csv.ConvertOptions(column_types=text, strings_can_be_null=False)
+            return pyarrow.csv.read_csv(path, convert_options=options)
+        if path.suffix.lower() == ".jsonl":
+            return pyarrow.json.read_json(path)
+        return pyarrow.parquet.read_table(path)
+    except (pa.ArrowException, OSError) as error:
         raise ArchiveError(f"cannot read {path}: {error}") from error
 
 
-def _strings(table: pa.Table, name: str) -> list[str]:
+def _strings(table: pa.Table, name: str, path: Path) -> list[str]:
     if name not in table.column_names:
         return [""] * len(table)
-    return [value or "" for value in table[name].cast(pa.string()).to_pylist()]
+    try:
+        return [value or "" for value in table[name].cast(pa.string()).to_pylist()]
+    except (pa.ArrowException, KeyError) as error:
+        raise ArchiveError(f"{path}: column {name!r} is not one column of text") from error

@@ -4,19 +4,45 @@ Frames are scaled in the decoder (bicubic, short side to the model's size) and c
 view of video models. Neither decoder lives longer than one call: an idle decord reader decodes ahead without limit.
 """
 
-from collections.abc import Callable, Sequence
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import av.error
-import decord
 import numpy as np
 from av.video.frame import VideoFrame
 
-from pipelines.probe import DecodeFailure, decode_frames, first_pts, open_video, tick_s
+from pipelines.probe import Damage, DecodeFailure, decode_frames, first_pts, open_video, tick_s
 from pipelines.schema import Status
 from pipelines.timeline import frames_at, instants
 
-decord.logging.set_level(decord.logging.QUIET)
+
+def _import_decord() -> ModuleType:
+    """Import decord without the CUDA libraries.
+
+    decord2 first loads whatever the nvidia wheels hold, globally: gigabytes of address space, and libnvblas among them,
+    which takes over torch's sgemm and crashes it where there is no GPU. Its wheel on PyPI decodes on the CPU.
+    """
+    hidden = sys.modules.get("nvidia")
+    sys.modules["nvidia"] = None  # pyright: ignore[reportArgumentType] - how Python marks a module as not there
+    try:
+        module = importlib.import_module("decord")
+    finally:
+        del sys.modules["nvidia"]
+        if hidden is not None:
+            sys.modules["nvidia"] = hidden
+    module.logging.set_level(module.logging.QUIET)
+    return module
+
+
+decord = _import_decord()
+
+# Where decord shows the frames that FFmpeg shows. In transport streams it loses the first ones; in MPEG-4 part 2, WMV
+# and MXF it shows others than asked for, silently.
+_DECORD_CONTAINERS = frozenset({"mov", "matroska"})
+_DECORD_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "ffv1", "mjpeg"})
 
 # Frames that decord returns in one batch; bounds memory when many clips share a file.
 _MAX_BATCH_FRAMES = 512
@@ -49,11 +75,13 @@ class View:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A file and its size as displayed, from the probe."""
+    """A file and what the probe says of it: size as displayed, FFmpeg's names of container and codec."""
 
     path: str
     width_px: int
     height_px: int
+    container: str
+    codec: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +138,8 @@ def _with_note(outcome: Outcome, reasons: list[str]) -> Outcome:
 
 
 def _decode_decord(source: Source, spans: Sequence[tuple[float, float]], view: View) -> list[Outcome]:
+    if source.container not in _DECORD_CONTAINERS or source.codec not in _DECORD_CODECS:
+        raise DecoderUnfit(f"{source.codec} in {source.container} is left to PyAV")
     width_px, height_px = view.scaled_size(source.width_px, source.height_px)
     try:
         reader = decord.VideoReader(source.path, width=width_px, height=height_px, num_threads=1)
@@ -167,74 +197,108 @@ def _fetch(
 
 
 def _decode_pyav(source: Source, spans: Sequence[tuple[float, float]], view: View) -> list[Outcome]:
-    outcomes: list[Outcome] = []
-    for span in spans:
-        try:
-            outcomes.append(_decode_span_pyav(source, span, view))
-        except DecodeFailure as failure:
-            outcomes.append(failure)
-    return outcomes
+    """One pass over the file for all spans, from the first of them on."""
+    times_s = np.concatenate([instants(*span, view.num_frames) for span in spans])
+    order = np.argsort(times_s, kind="stable")
+    try:
+        passed = _pass(source, times_s[order], view, seek_s=min(start_s for start_s, _ in spans))
+        if passed.late:  # the container cannot seek exactly
+            passed = _pass(source, times_s[order], view, seek_s=0.0)
+    except (av.error.FFmpegError, ValueError) as error:
+        raise DecodeFailure(Status.DECODE_ERROR, str(error)) from error
+    pictures = dict(zip(order.tolist(), passed.pictures, strict=False))
+    clips = range(0, len(times_s), view.num_frames)
+    return [
+        _assemble(span, [pictures.get(first + i) for i in range(view.num_frames)], passed)
+        for span, first in zip(spans, clips, strict=True)
+    ]
 
 
-def _decode_span_pyav(source: Source, span: tuple[float, float], view: View) -> Clip:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pass:
+    """What one pass gave: a picture for each instant before end_s, in order, and what was damaged on the way."""
+
+    pictures: list[np.ndarray]
+    end_s: float
+    damages: list[Damage]
+    late: bool  # after a seek, the first frame came after the first instant
+
+
+def _pass(source: Source, times_s: np.ndarray, view: View, *, seek_s: float) -> _Pass:
     container, stream = open_video(source.path)
     with container:
-        times_s = instants(*span, view.num_frames)
         zero, tick = first_pts(stream), tick_s(stream)
-        damaged: list[str] = []
-        try:
-            if span[0] > 0:
-                container.seek(zero + int(span[0] / tick), stream=stream)
-            frames, shown, end_s = _pick(
-                decode_frames(container, stream, damaged), times_s, lambda frame: (frame.pts - zero) * tick
-            )
-            if not frames:
-                raise DecodeFailure(Status.DECODE_ERROR, damaged[0]) if damaged else _nothing_there(span, end_s)
-            pixels_THWC = _render(frames, view)
-        except (av.error.FFmpegError, ValueError) as error:
-            raise DecodeFailure(Status.DECODE_ERROR, str(error)) from error
-    notes = [_short_note(shown, len(times_s))]
-    if damaged:
-        notes.append(f"partial: {len(damaged)} damaged packets skipped ({damaged[0]})")
-    return Clip(frames_THWC=pixels_THWC, decoder="pyav", note="; ".join(filter(None, notes)))
+        if seek_s > 0:
+            container.seek(zero + int(seek_s / tick), stream=stream)
+        damages: list[Damage] = []
+        frames = decode_frames(container, stream, damages)
+        pictures, first_s, end_s = _pick(_timed(frames, zero, tick), times_s, view)
+        late = seek_s > 0 and (first_s is None or first_s > times_s[0] + 1e-3)
+        return _Pass(
+            pictures=pictures,
+            end_s=end_s,
+            damages=[Damage(time_s=(d.time_s - zero * tick), reason=d.reason) for d in damages],
+            late=late,
+        )
 
 
-def _pick(frames, times_s: np.ndarray, time_of) -> tuple[list[VideoFrame], int, float]:
-    """The frame on display at each instant, how many instants lie before the end, and the end.
-
-    Holds one frame of the stream at a time beside the chosen ones. An instant before the first decoded frame shows the
-    first, as does one after a loss.
-    """
-    picked: list[VideoFrame] = []
-    current: VideoFrame | None = None
-    end_s = 0.0
+def _timed(frames: Iterable[VideoFrame], zero: int, tick: float) -> Iterator[tuple[float, VideoFrame]]:
     for frame in frames:
-        time_s = time_of(frame)
-        while current is not None and len(picked) < len(times_s) and times_s[len(picked)] + 1e-3 < time_s:
-            picked.append(current)
+        assert frame.pts is not None
+        yield (frame.pts - zero) * tick, frame
+
+
+def _pick(
+    frames: Iterable[tuple[float, VideoFrame]], times_s: np.ndarray, view: View
+) -> tuple[list[np.ndarray], float | None, float]:
+    """The picture on display at each instant, as far as the frames go; time of the first frame; end of the last.
+
+    Holds one frame at a time; only those on display are converted. An instant before the first frame shows the first.
+    """
+    pictures: list[np.ndarray] = []
+    current: VideoFrame | None = None
+    first_s, end_s = None, 0.0
+    for time_s, frame in frames:
+        first_s = time_s if first_s is None else first_s
+        until = int(np.searchsorted(times_s + 1e-3, time_s, side="left"))
+        if current is not None:
+            _show(current, until - len(pictures), pictures, view)
         current = frame
         end_s = max(end_s, time_s + float((frame.duration or 0) * (frame.time_base or 0)))
-        if len(picked) == len(times_s):
-            return picked, len(picked), end_s
-    shown = len(picked) + int((times_s[len(picked) :] < end_s + 1e-3).sum())
-    if current is None or shown == 0:
-        return [], 0, end_s
-    return picked + [current] * (len(times_s) - len(picked)), shown, end_s
+        if until == len(times_s) == len(pictures):
+            break
+    if current is not None:
+        _show(current, int((times_s < end_s + 1e-3).sum()) - len(pictures), pictures, view)
+    return pictures, first_s, end_s
 
 
-def _render(frames: list[VideoFrame], view: View) -> np.ndarray:
-    """uint8 RGB [T, H, W, 3], upright; a frame shown twice is converted once."""
-    rendered: dict[int, np.ndarray] = {}
-    for frame in frames:
-        if id(frame) not in rendered:
-            turns = frame.rotation // 90
-            upright = (frame.width, frame.height) if turns % 2 == 0 else (frame.height, frame.width)
-            width_px, height_px = view.scaled_size(*upright)
-            if turns % 2:
-                width_px, height_px = height_px, width_px
-            scaled = frame.reformat(width=width_px, height=height_px, format="rgb24", interpolation="BICUBIC")
-            rendered[id(frame)] = view.crop(np.rot90(scaled.to_ndarray(), turns))
-    return np.stack([rendered[id(frame)] for frame in frames])
+def _show(frame: VideoFrame, times: int, pictures: list[np.ndarray], view: View) -> None:
+    """Append a frame's picture as often as it is on display."""
+    if times > 0:
+        pictures.extend([picture(frame, view)] * times)
+
+
+def picture(frame: VideoFrame, view: View) -> np.ndarray:
+    """A frame as the model sees it: uint8 RGB [H, W, 3], upright, scaled and cropped."""
+    turns = frame.rotation // 90
+    upright = (frame.width, frame.height) if turns % 2 == 0 else (frame.height, frame.width)
+    width_px, height_px = view.scaled_size(*upright)
+    if turns % 2:
+        width_px, height_px = height_px, width_px
+    scaled = frame.reformat(width=width_px, height=height_px, format="rgb24", interpolation="BICUBIC")
+    return view.crop(np.rot90(scaled.to_ndarray(), turns))
+
+
+def _assemble(span: tuple[float, float], pictures: list[np.ndarray | None], passed: _Pass) -> Outcome:
+    shown = [picture for picture in pictures if picture is not None]
+    damages = [damage for damage in passed.damages if span[0] <= damage.time_s < span[1]]
+    if not shown:
+        return DecodeFailure(Status.DECODE_ERROR, damages[0].reason) if damages else _nothing_there(span, passed.end_s)
+    notes = [_short_note(len(shown), len(pictures))]
+    if damages:
+        notes.append(f"partial: {len(damages)} damaged packets skipped ({damages[0].reason})")
+    frames_THWC = np.stack(shown + [shown[-1]] * (len(pictures) - len(shown)))
+    return Clip(frames_THWC=frames_THWC, decoder="pyav", note="; ".join(filter(None, notes)))
 
 
 def _nothing_there(span: tuple[float, float], end_s: float) -> DecodeFailure:

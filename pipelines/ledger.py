@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -36,8 +37,11 @@ def read_columns(folder: Path, columns: list[str], schema: pa.Schema) -> Iterato
     """
     for path in parquet_files(folder):
         try:
+            lacking = set(columns) - set(pq.read_schema(path).names)
+            if lacking:
+                raise LedgerError(f"{path} has no column {', '.join(sorted(lacking))}")
             yield pq.read_table(path, columns=columns, schema=schema)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise LedgerError(f"cannot read {path}: {error}") from error
 
 
@@ -151,8 +155,8 @@ def totals(annotations: Path, known_labels: frozenset[str]) -> Totals:
         result.clips += len(table)
         ok = table.filter(pc.field("status") == Status.OK.value)
         result.hours += (_sum(ok["end_s"]) - _sum(ok["start_s"])) / 3600
-        result.flops += int(_sum(table["flops"]))
-        result.dense_flops += int(_sum(table["dense_flops"]))
+        result.flops += sum(filter(None, table["flops"].to_pylist()))  # beyond what a float64 holds exactly
+        result.dense_flops += sum(filter(None, table["dense_flops"].to_pylist()))
         result.decode_s += _sum(table["decode_ms"]) / 1e3
         result.model_s += _sum(table["model_ms"]) / 1e3
         result.statuses.update(table["status"].to_pylist())
@@ -172,4 +176,5 @@ def totals(annotations: Path, known_labels: frozenset[str]) -> Totals:
 
 
 def _sum(column: pa.ChunkedArray) -> float:
-    return column.to_numpy().sum()
+    """Sum in float64, nulls left out."""
+    return float(np.nansum(column.to_numpy().astype(np.float64)))

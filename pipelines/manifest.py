@@ -3,6 +3,7 @@
 import hashlib
 
 from pipelines.archive import Video
+from pipelines.decode import Source
 from pipelines.probe import DecodeFailure, VideoInfo, file_identity, probe
 from pipelines.schema import PlannedClip, Status
 from pipelines.timeline import ClipPlan
@@ -22,7 +23,7 @@ def plan_video(video: Video, plan: ClipPlan) -> list[PlannedClip]:
         info = probe(video.uri)
         spans, status, error = plan.spans(info.duration_s), Status.OK, ""
     except DecodeFailure as failure:
-        info = VideoInfo(duration_s=0.0, fps=0.0, width_px=0, height_px=0, codec="", note="")
+        info = VideoInfo(duration_s=0.0, fps=0.0, width_px=0, height_px=0, container="", codec="", note="")
         spans, status, error = [(0.0, 0.0)], failure.status, str(failure)
     return [
         PlannedClip(
@@ -37,6 +38,7 @@ def plan_video(video: Video, plan: ClipPlan) -> list[PlannedClip]:
             fps=info.fps,
             width_px=info.width_px,
             height_px=info.height_px,
+            container=info.container,
             codec=info.codec,
             status=status.value,
             error=error,
@@ -44,3 +46,14 @@ def plan_video(video: Video, plan: ClipPlan) -> list[PlannedClip]:
         )
         for start_s, end_s in spans
     ]
+
+
+def source_of(clip: PlannedClip) -> Source:
+    """What decoding needs to know of a clip's file."""
+    return Source(
+        path=clip.video,
+        width_px=clip.width_px,
+        height_px=clip.height_px,
+        container=clip.container,
+        codec=clip.codec,
+    )

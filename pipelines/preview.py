@@ -11,6 +11,7 @@ from mone.checkpoint import Checkpoint
 from mone.model import ViViT
 from mone.tubelets import to_patches
 from pipelines.decode import Clip, Source, View, decode_clips
+from pipelines.manifest import source_of
 from pipelines.schema import PlannedClip
 
 # From the smallest expert (dark) to the full one (bright), as in viridis: safe for the colour-blind.
@@ -56,7 +57,7 @@ def preview(clip: PlannedClip, checkpoint: Checkpoint, model: ViViT, capacity: f
     config = checkpoint.config
     scale = -(-_PICTURE_PX // config.height_px)
     wanted = View(num_frames=config.num_frames, height_px=config.height_px * scale, width_px=config.width_px * scale)
-    source = Source(path=clip.video, width_px=clip.width_px, height_px=clip.height_px)
+    source = source_of(clip)
     small, large = (
         _decoded(source, clip, view)
         for view in (View(num_frames=config.num_frames, height_px=config.height_px, width_px=config.width_px), wanted)

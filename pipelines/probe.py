@@ -1,12 +1,16 @@
 """What a video file says of itself: duration, size, codec. Reads headers, the last second and one frame."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import av
-import av.container
 import av.error
 from av import logging
+from av.container import InputContainer
+from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from pipelines.schema import Status
@@ -14,7 +18,7 @@ from pipelines.schema import Status
 # 8K x 8K. A few kilobytes on disk can hold a frame that takes gigabytes of memory.
 MAX_FRAME_PIXELS = 8192 * 8192
 
-_TS_PACKET_BYTES = 188
+_TS_PACKET_BYTES = (188, 192)  # the second in .m2ts
 
 logging.set_level(logging.PANIC)  # failures become rows; FFmpeg's own lines would drown the progress
 
@@ -39,7 +43,7 @@ class VideoInfo:
         duration_s: From the first frame's presentation to the end of the last frame that can be read.
         fps: Average frame rate; 0 where the file does not say.
         width_px, height_px: As displayed, after rotation.
-        codec: FFmpeg's name.
+        container, codec: FFmpeg's names.
         note: What is unusual, or "".
     """
 
@@ -47,6 +51,7 @@ class VideoInfo:
     fps: float
     width_px: int
     height_px: int
+    container: str
     codec: str
     note: str
 
@@ -66,7 +71,7 @@ def file_identity(path: str) -> tuple[int, str]:
     return stat.st_size, str(stat.st_mtime_ns)
 
 
-def open_video(path: str) -> tuple[av.container.InputContainer, VideoStream]:
+def open_video(path: str) -> tuple[InputContainer, VideoStream]:
     """Open a file at its best video stream.
 
     Raises:
@@ -112,12 +117,13 @@ def probe(path: str) -> VideoInfo:
             raise DecodeFailure(Status.DECODE_ERROR, f"no frame can be decoded: {_reason(error)}") from error
 
 
-def _describe(container: av.container.InputContainer, stream: VideoStream) -> VideoInfo:
-    damaged: list[str] = []
-    frame = next(decode_frames(container, stream, damaged), None)
+def _describe(container: InputContainer, stream: VideoStream) -> VideoInfo:
+    damages: list[Damage] = []
+    frame = next(decode_frames(container, stream, damages), None)
+    if frame is None and damages:
+        raise DecodeFailure(Status.DECODE_ERROR, f"no frame can be decoded: {damages[0].reason}")
     if frame is None:
-        status = Status.DECODE_ERROR if damaged else Status.EMPTY
-        raise DecodeFailure(status, f"no frame can be decoded{': ' if damaged else ''}{''.join(damaged[:1])}")
+        raise DecodeFailure(Status.EMPTY, "no frame can be decoded")
     upright = frame.rotation % 180 == 0
     width_px, height_px = (frame.width, frame.height) if upright else (frame.height, frame.width)
     stated_s = _stated_duration_s(container, stream)
@@ -127,15 +133,16 @@ def _describe(container: av.container.InputContainer, stream: VideoStream) -> Vi
         fps=float(stream.average_rate or stream.guessed_rate or 0),
         width_px=width_px,
         height_px=height_px,
+        container=container_name(container),
         codec=stream.codec_context.name,
         note=_oddity(container, stated_s, readable_s),
     )
 
 
-def _oddity(container: av.container.InputContainer, stated_s: float, readable_s: float) -> str:
+def _oddity(container: InputContainer, stated_s: float, readable_s: float) -> str:
     if stated_s - readable_s > max(0.5, 0.02 * stated_s):
         return f"partial: the header says {stated_s:.2f} s, the video ends at {readable_s:.2f} s"
-    if container.format.name == "mpegts" and container.size % _TS_PACKET_BYTES:
+    if container_name(container) == "mpegts" and all(container.size % size for size in _TS_PACKET_BYTES):
         return "partial: the file ends inside a packet"
     return ""
 
@@ -150,34 +157,63 @@ def tick_s(stream: VideoStream) -> float:
     return float(stream.time_base or 1)
 
 
-def decode_frames(container, stream: VideoStream, damaged: list[str]):
+class Damage(NamedTuple):
+    """A packet that could not be decoded: when it would have been shown, in the stream's own seconds, and why."""
+
+    time_s: float
+    reason: str
+
+
+def decode_frames(container: InputContainer, stream: VideoStream, damages: list[Damage]) -> Iterator[VideoFrame]:
     """Decode from where the container stands to its end, going on after damaged packets.
 
     Args:
         container: Open and positioned.
         stream: Which stream.
-        damaged: Gets a reason for every packet that could not be decoded.
+        damages: Gets an entry for every packet that could not be decoded.
 
     Yields:
-        Frames with a presentation time, in that order.
+        Frames with a presentation time, in that order. Frames of a raw stream, which has no times, are given those of
+        its frame rate.
     """
+    time_s, untimed = 0.0, 0
     try:
         for packet in container.demux(stream):
+            time_s = float(packet.pts) * tick_s(stream) if packet.pts is not None else time_s
             try:
-                yield from (frame for frame in packet.decode() if frame.pts is not None)
+                for frame in packet.decode():
+                    if frame.pts is None:
+                        frame.pts, frame.time_base = _raw_pts(stream, untimed), stream.time_base
+                        untimed += 1
+                    yield frame
             except av.error.FFmpegError as error:
-                damaged.append(_reason(error))
+                damages.append(Damage(time_s, _reason(error)))
     except av.error.FFmpegError as error:
-        damaged.append(_reason(error))
+        damages.append(Damage(time_s, _reason(error)))
 
 
-def _stated_duration_s(container: av.container.InputContainer, stream: VideoStream) -> float:
+def _raw_pts(stream: VideoStream, index: int) -> int:
+    """Presentation time of the index-th frame of a stream without times."""
+    rate = float(stream.average_rate or stream.guessed_rate or 25)
+    return round(index / rate / tick_s(stream))
+
+
+def _stated_duration_s(container: InputContainer, stream: VideoStream) -> float:
     if stream.duration:
         return stream.duration * tick_s(stream)
-    return container.duration / av.time_base if container.duration else 0.0
+    if not container.duration:
+        return 0.0
+    # Matroska states when the file ends, the others how long it is.
+    start_s = first_pts(stream) * tick_s(stream) if container_name(container) == "matroska" else 0.0
+    return container.duration / av.time_base - start_s
 
 
-def _readable_duration_s(container: av.container.InputContainer, stream: VideoStream, stated_s: float) -> float:
+def container_name(container: InputContainer) -> str:
+    """FFmpeg's first name of the container format: "mov" for MP4 and its kin, "matroska" for WebM too."""
+    return container.format.name.split(",")[0]
+
+
+def _readable_duration_s(container: InputContainer, stream: VideoStream, stated_s: float) -> float:
     """Trust the header, but look: demux the last second; where nothing is there, demux everything."""
     end_s = 0.0
     if stated_s:
@@ -185,21 +221,28 @@ def _readable_duration_s(container: av.container.InputContainer, stream: VideoSt
         end_s = _last_end_s(container, stream, near_end)
     if not stated_s or end_s < stated_s - 1.0:
         end_s = max(end_s, _last_end_s(container, stream, first_pts(stream)))
-    if not end_s:
-        raise DecodeFailure(Status.EMPTY, "the video stream has no frames with a time")
-    return end_s
+    return end_s or _untimed_duration_s(container.name)
 
 
-def _last_end_s(container: av.container.InputContainer, stream: VideoStream, from_pts: int) -> float:
+def _last_end_s(container: InputContainer, stream: VideoStream, from_pts: int) -> float:
+    """End of the last packet from a place on, 0 where there is none."""
     end = 0
-    try:
+    with contextlib.suppress(av.error.FFmpegError):  # the end of what can be read
         container.seek(from_pts, stream=stream)
         for packet in container.demux(stream):
             if packet.pts is not None:
                 end = max(end, packet.pts + (packet.duration or 0) - first_pts(stream))
-    except av.error.FFmpegError:
-        pass  # the end of what can be read
     return end * tick_s(stream)
+
+
+def _untimed_duration_s(path: str) -> float:
+    """Length of a raw stream, which states no times and cannot be sought: its packets, at its frame rate."""
+    container, stream = open_video(path)
+    with container:
+        packets = sum(packet.size > 0 for packet in container.demux(stream))
+        if not packets:
+            raise DecodeFailure(Status.EMPTY, "the video stream has no frames")
+        return _raw_pts(stream, packets) * tick_s(stream)
 
 
 def _reason(error: BaseException) -> str:

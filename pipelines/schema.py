@@ -28,7 +28,8 @@ class PlannedClip:
         start_s, end_s: Half-open span in seconds of presentation time; 0 is the video's first frame.
         label: Class, where the archive names one; else "".
         size_bytes, version: With the uri, the identity of the file; version is the modification time in ns.
-        duration_s, fps, width_px, height_px, codec: From the probe; the size is as displayed, after rotation.
+        duration_s, fps, width_px, height_px, container, codec: From the probe; the size is as
+            displayed, after rotation.
         status: "ok", or why the probe failed; such a video is planned as one clip of an empty span.
         error: What the probe says of a failure.
         note: What is unusual about the file ("" mostly), such as a header longer than the video.
@@ -45,6 +46,7 @@ class PlannedClip:
     fps: float
     width_px: int
     height_px: int
+    container: str
     codec: str
     status: str
     error: str

@@ -75,7 +75,7 @@ def render(
             f" got {seed}, {num_frames}, {size_px}, {clutter}"
         )
     rng = _rng(seed, _MOTION)
-    num_objects, coin = int(rng.integers(2, 5)), int(rng.integers(2))
+    num_objects, coin = int(rng.integers(2, 4)), int(rng.integers(2))
     moving = _TRAJECTORIES[label](_draw(rng, num_frames))
     still = _still_world(seed, round(clutter * _num_distractors(label, num_objects, coin)), size_px, clutter)
     world = np.repeat(still[None], num_frames, axis=0)
@@ -211,7 +211,7 @@ class _Draw:
     travel: float
     drift: float
     heading_rad: float
-    spin_rad: float
+    sweep_rad: float  # of the arc of a circling object
     growth: float  # last scale over first
     turn: float  # share of the path at which a bouncing object meets its wall
 
@@ -229,7 +229,7 @@ def _draw(rng: np.random.Generator, num_frames: int) -> _Draw:
         travel=rng.uniform(0.25, 0.55),
         drift=rng.uniform(-0.04, 0.04),
         heading_rad=rng.uniform(0, math.tau),
-        spin_rad=math.radians(rng.uniform(90, 270)),
+        sweep_rad=math.radians(rng.uniform(220, 340)),
         growth=rng.uniform(1.6, 2.4),
         turn=rng.uniform(0.42, 0.58),
     )
@@ -307,6 +307,13 @@ def _bouncing(draw: _Draw) -> tuple[scene.Trajectory, ...]:
     return _moving(draw, quarter, draw.turn - np.abs(draw.progress - draw.turn))
 
 
+def _circling(draw: _Draw, progress: np.ndarray) -> tuple[scene.Trajectory, ...]:
+    """Most of a turn around a centre; on screen y points down, so angles grow clockwise."""
+    angle = draw.heading_rad + draw.sweep_rad * progress
+    radius = 0.4 * draw.travel
+    return _placed(draw, _Path(dx=radius * np.cos(angle), dy=radius * np.sin(angle)))
+
+
 def _crossing(draw: _Draw) -> tuple[scene.Trajectory, ...]:
     """Two objects, point-symmetric about the place where they meet and far enough apart to start clear."""
     largest = draw.diameter * max(1, draw.partner_ratio)
@@ -325,8 +332,8 @@ _TRAJECTORIES: dict[str, Callable[[_Draw], tuple[scene.Trajectory, ...]]] = {
     "right": lambda draw: _moving(draw, 0.0, draw.progress),
     "up": lambda draw: _moving(draw, -math.pi / 2, draw.progress),
     "down": lambda draw: _moving(draw, math.pi / 2, draw.progress),
-    "clockwise": lambda draw: _placed(draw, _Path(turn_rad=draw.spin_rad * draw.progress)),
-    "counterclockwise": lambda draw: _placed(draw, _Path(turn_rad=-draw.spin_rad * draw.progress)),
+    "clockwise": lambda draw: _circling(draw, draw.progress),
+    "counterclockwise": lambda draw: _circling(draw, -draw.progress),
     "growing": lambda draw: _resized(draw, draw.progress),
     "shrinking": lambda draw: _resized(draw, 1 - draw.progress),
     "appearing": lambda draw: _placed(draw, _Path(opacity=draw.fade)),

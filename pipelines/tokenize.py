@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from mone.config import ModelConfig
 from mone.tubelets import to_patches
-from pipelines.decode import Clip, Outcome, Source, View, decode_clips
+from pipelines.decode import Clip, Outcome, View, decode_clips
+from pipelines.manifest import source_of
 from pipelines.probe import DecodeFailure, file_identity
 from pipelines.schema import DECODED, PlannedClip, Status
 
@@ -53,8 +54,7 @@ def _decode_unchanged(clips: list[PlannedClip], config: ModelConfig) -> list[Out
             raise DecodeFailure(Status.MISSING, "the file has changed since it was planned; plan again")
     except DecodeFailure as failure:
         return [failure] * len(clips)
-    source = Source(path=first.video, width_px=first.width_px, height_px=first.height_px)
-    return decode_clips(source, [(clip.start_s, clip.end_s) for clip in clips], view_of(config))
+    return decode_clips(source_of(first), [(clip.start_s, clip.end_s) for clip in clips], view_of(config))
 
 
 def _row(clip: PlannedClip, config: ModelConfig, outcome: Outcome, decode_ms: float) -> dict:

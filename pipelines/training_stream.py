@@ -13,8 +13,8 @@ from mone.config import ModelConfig
 from mone.training import MemoryClips
 from mone.tubelets import to_patches
 from pipelines.archive import Video
-from pipelines.decode import Clip, Source, decode_clips
-from pipelines.manifest import plan_video
+from pipelines.decode import Clip, decode_clips
+from pipelines.manifest import plan_video, source_of
 from pipelines.schema import Status
 from pipelines.timeline import ClipPlan
 from pipelines.tokenize import view_of
@@ -27,6 +27,13 @@ class Example(NamedTuple):
     label: int
 
 
+class LabelledClips(NamedTuple):
+    """Clips, and the reason for each video or clip that could not be read, by name."""
+
+    clips: MemoryClips
+    failures: dict[str, str]
+
+
 def labelled(
     videos: Sequence[Video],
     labels: Sequence[str],
@@ -34,12 +41,11 @@ def labelled(
     config: ModelConfig,
     *,
     num_workers: int | None = None,
-) -> tuple[MemoryClips, dict[str, str]]:
+) -> LabelledClips:
     """Decode the clips of labelled videos, in as many processes as there are cores.
 
     Returns:
-        The clips, in the order of the videos, and the reason for each clip or video that could not be read; those are
-        left out, never replaced.
+        The clips, in the order of the videos; what cannot be read is left out, never replaced.
     """
     failures: dict[str, str] = {}
 
@@ -51,7 +57,7 @@ def labelled(
     with _pool(num_workers) as pool:
         read = functools.partial(_read, labels=tuple(labels), plan=plan, config=config)
         outcomes = tqdm(pool.imap(read, videos, chunksize=4), "decode", len(videos), unit="video", mininterval=2)
-        return _collect(readable(outcomes), config), failures
+        return LabelledClips(_collect(readable(outcomes), config), failures)
 
 
 def _read(
@@ -60,8 +66,7 @@ def _read(
     clips = plan_video(video, plan)
     if clips[0].status != Status.OK:
         return [], {video.uri: f"{clips[0].status}: {clips[0].error}"}
-    source = Source(path=video.uri, width_px=clips[0].width_px, height_px=clips[0].height_px)
-    outcomes = decode_clips(source, [(clip.start_s, clip.end_s) for clip in clips], view_of(config))
+    outcomes = decode_clips(source_of(clips[0]), [(clip.start_s, clip.end_s) for clip in clips], view_of(config))
     examples, reasons = [], {}
     for clip, outcome in zip(clips, outcomes, strict=True):
         if isinstance(outcome, Clip):

@@ -47,10 +47,7 @@ def test_a_variable_rate_ends_after_the_last_frame_began(tmp_path, name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            "a.mkv",
-            marks=pytest.mark.xfail(strict=True, reason="Matroska states its end, not its length: a false 'partial'"),
-        ),
+        "a.mkv",
         "a.mp4",
     ],
 )
@@ -79,16 +76,12 @@ def test_a_cut_transport_stream_is_partial(tmp_path):
     assert probe(str(path)).note.startswith("partial")
 
 
-@pytest.mark.xfail(strict=True, reason="m2ts packets have 192 bytes: whole files are called partial")
 def test_a_whole_m2ts_is_not_partial(tmp_path):
     path = write_video(tmp_path / "a.m2ts", indexed_frames(30), codec="mpeg2video", fps=25)
     assert path.stat().st_size % 192 == 0
     assert probe(str(path)).note == ""
 
 
-@pytest.mark.xfail(
-    strict=True, raises=DecodeFailure, reason="frames without a time are dropped: a raw stream is 'empty'"
-)
 def test_a_raw_stream_has_frames(tmp_path):
     path = write_video(tmp_path / "a.h264", indexed_frames(30), codec="libx264", fps=25)
     assert probe(str(path)).duration_s == pytest.approx(1.2, abs=0.1)

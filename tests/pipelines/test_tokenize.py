@@ -10,8 +10,8 @@ import pytest
 from mone.config import ModelConfig
 from mone.tubelets import to_frames, to_patches
 from pipelines.archive import Video
-from pipelines.decode import Clip, Source, View, decode_clips
-from pipelines.manifest import plan_video
+from pipelines.decode import Clip, View, decode_clips
+from pipelines.manifest import plan_video, source_of
 from pipelines.schema import DECODED, MANIFEST, PlannedClip
 from pipelines.timeline import ClipPlan
 from pipelines.tokenize import patches_of, tokenize_table, view_of
@@ -75,8 +75,7 @@ def test_patches_are_those_of_the_decoded_frames(clips):
     assert patches_BFNP.shape == (8, CONFIG.num_indices, CONFIG.num_tokens, CONFIG.patch_values)
     assert patches_BFNP.dtype == np.uint8
     for clip, patches_FNP in zip(shown, patches_BFNP, strict=True):
-        source = Source(path=clip.video, width_px=64, height_px=64)
-        (outcome,) = decode_clips(source, [(clip.start_s, clip.end_s)], view_of(CONFIG))
+        (outcome,) = decode_clips(source_of(clip), [(clip.start_s, clip.end_s)], view_of(CONFIG))
         assert isinstance(outcome, Clip)
         np.testing.assert_array_equal(to_frames(patches_FNP, CONFIG), outcome.frames_THWC)
 
