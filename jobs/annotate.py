@@ -20,7 +20,7 @@ from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint
 from pipelines.annotate import ANNOTATIONS_DIR, MANIFEST_DIR, Settings, write_annotations, write_manifest
 from pipelines.archive import list_videos
-from pipelines.ledger import Totals, audit, totals
+from pipelines.ledger import Totals, count_rows, totals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +66,8 @@ def annotate(config: Annotate) -> None:
         if not planned:
             print(f"plan      {len(videos):,} videos", file=sys.stderr)
             write_manifest(videos, clip_plan, output)
-        before = audit(output / MANIFEST_DIR, output / ANNOTATIONS_DIR)
-        if before.missing:
-            with clips_progress(output / ANNOTATIONS_DIR, before.planned):
-                write_annotations(output, checkpoint, settings)
+        with clips_progress(output / ANNOTATIONS_DIR, count_rows(output / MANIFEST_DIR)):
+            write_annotations(output, checkpoint, settings)
     result = totals(output / ANNOTATIONS_DIR, frozenset(checkpoint.labels))
     record["sessions"].append({"started": timestamp(), "wall_s": round(time.time() - started_s, 3)})
     record["totals"] = totals_record(result)

@@ -11,18 +11,18 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
-from ray.data.checkpoint import CheckpointConfig
 
 from mone.checkpoint import Checkpoint
 from mone.config import ModelConfig
 from pipelines.archive import Video
+from pipelines.commit import REMAINING_DIR, checkpoint_config, write_remaining
 from pipelines.manifest import plan_video
 from pipelines.predict import Annotator
 from pipelines.schema import MANIFEST
 from pipelines.timeline import ClipPlan
 from pipelines.tokenize import tokenize_table
 
-MANIFEST_DIR, ANNOTATIONS_DIR, CHECKPOINT_DIR = "manifest", "annotations", ".checkpoint"
+MANIFEST_DIR, ANNOTATIONS_DIR = "manifest", "annotations"
 
 _VIDEOS = pa.schema([("uri", pa.string()), ("label", pa.string()), ("split", pa.string())])
 
@@ -33,6 +33,9 @@ _VIDEOS_PER_TASK = 32
 _CLIPS_PER_TASK = 32
 # Heap of a decoding task: two frames of 8192 x 4320 take 0.9 GB. Ray cannot see heap, so it is asked for.
 _DECODE_MEMORY_BYTES = 1 << 30
+# A write waits for the disk. Its share comes from a model process, so that on two cores, one decoding, one running
+# the model, there is room to write: without it nothing is committed before everything is decoded.
+_WRITE_CPUS = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,27 +64,25 @@ def write_manifest(videos: Iterable[Video], plan: ClipPlan, output: Path) -> Non
 
 
 def write_annotations(output: Path, checkpoint: Checkpoint, settings: Settings) -> None:
-    """Annotate every clip of DIR/manifest that DIR/annotations does not have yet.
+    """Annotate every clip of DIR/manifest that is not committed yet.
 
-    Strictly one row out for one row in, keyed on clip_id. Each annotations file is committed with the ids in it (Ray
-    Data's two-phase checkpoint), so a run that is killed at any moment continues without a loss or a double.
+    Strictly one row out for one row in, keyed on clip_id. Each annotations file is committed with the ids in it, so a
+    run that is killed at any moment continues without a loss or a double.
     """
     (output / ANNOTATIONS_DIR).mkdir(exist_ok=True)
-    DataContext.get_current().checkpoint_config = CheckpointConfig(
-        id_column="clip_id",
-        checkpoint_path=str(output / CHECKPOINT_DIR),
-        delete_checkpoint_on_success=False,  # it also tells a later run that there is nothing left to do
-    )
-    manifest = ray.data.read_parquet(str(output / MANIFEST_DIR), schema=MANIFEST)
-    decoded = tokenize_stage(manifest, checkpoint.config)
+    if not write_remaining(output, output / MANIFEST_DIR):
+        return
+    DataContext.get_current().checkpoint_config = checkpoint_config(output)
+    remaining = ray.data.read_parquet(str(output / REMAINING_DIR), schema=MANIFEST)
     annotated = model_stage(
-        decoded,
+        tokenize_stage(remaining, checkpoint.config),
         Annotator,
         (checkpoint, settings.capacity, settings.top_k),
         batch_size=settings.batch_size,
         num_workers=settings.num_model_workers,
     )
-    annotated.write_parquet(str(output / ANNOTATIONS_DIR))
+    annotated.write_parquet(str(output / ANNOTATIONS_DIR), ray_remote_args={"num_cpus": _WRITE_CPUS})
+    shutil.rmtree(output / REMAINING_DIR)
 
 
 def plan_stage(videos: Iterable[Video], plan: ClipPlan) -> Dataset:
@@ -134,7 +135,7 @@ def model_stage(
         batch_size=batch_size or (64 if num_gpus else 16),
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=workers),
-        num_cpus=1,
+        num_cpus=1 - _WRITE_CPUS,
         num_gpus=1 if num_gpus else 0,
     )
 

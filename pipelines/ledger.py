@@ -45,6 +45,15 @@ def read_columns(folder: Path, columns: list[str], schema: pa.Schema) -> Iterato
             raise LedgerError(f"cannot read {path}: {error}") from error
 
 
+def count_rows(folder: Path) -> int:
+    """Rows in the parquet files of a folder.
+
+    Raises:
+        LedgerError: A file that cannot be read, or none.
+    """
+    return sum(len(table) for table in read_columns(folder, ["clip_id"], MANIFEST))
+
+
 @dataclass(slots=True)
 class Audit:
     """Planned ids against annotated ids.

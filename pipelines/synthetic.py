@@ -75,7 +75,7 @@ def render(
             f" got {seed}, {num_frames}, {size_px}, {clutter}"
         )
     rng = _rng(seed, _MOTION)
-    num_objects, coin = int(rng.integers(2, 4)), int(rng.integers(2))
+    num_objects, coin = 2 + int(rng.uniform() < 0.3), int(rng.integers(2))
     moving = _TRAJECTORIES[label](_draw(rng, num_frames))
     still = _still_world(seed, round(clutter * _num_distractors(label, num_objects, coin)), size_px, clutter)
     world = np.repeat(still[None], num_frames, axis=0)
@@ -262,7 +262,6 @@ class _Path:
     dx: np.ndarray | float = 0.0
     dy: np.ndarray | float = 0.0
     scale: np.ndarray | float = 1.0
-    turn_rad: np.ndarray | float = 0.0
     opacity: np.ndarray | float = 1.0
 
 
@@ -279,7 +278,7 @@ def _placed(draw: _Draw, *paths: _Path) -> tuple[scene.Trajectory, ...]:
             x=still + path.dx + shift_x,
             y=still + path.dy + shift_y,
             diameter=still + 2 * radius,
-            angle_rad=still + path.turn_rad + angle_rad,
+            angle_rad=still + angle_rad,
             opacity=still + path.opacity,
         )
         for path, radius, angle_rad in zip(paths, radii, angles_rad, strict=False)

@@ -15,13 +15,13 @@ import numpy as np
 
 SPRITE_TEXELS = 96  # about four texels a pixel at 96 px frames: nearest-texel sampling stays under 1/4 px
 EDGE_SOFTNESS = 0.12  # in sprite radii, not pixels: an edge then says nothing about how often it was rescaled
-SHAKE_SHARE = 0.015  # the camera's largest excursion
+SHAKE_SHARE = 0.008  # the camera's largest excursion
 VISIBLE_OPACITY = 0.1  # below it sensor noise hides the object, and its pixels don't count as covered
 
 Brightness = tuple[tuple[float, float], tuple[float, float]]
 # Objects stand out from backgrounds, as things that people film mostly do, moving or still. Without this a model has to
 # find objects by their motion before it can learn anything from their motion, and small ones never start to.
-BACKGROUND: Brightness = ((0.12, 0.24), (0.24, 0.40))
+BACKGROUND: Brightness = ((0.18, 0.245), (0.245, 0.335))
 OBJECT: Brightness = ((0.40, 0.60), (0.80, 1.00))
 
 Coverage = Callable[[np.random.Generator, np.ndarray, np.ndarray], np.ndarray]
@@ -258,8 +258,8 @@ def film(world: np.ndarray, rng: np.random.Generator, *, size_px: int, clutter: 
     Returns:
         frames uint8 [T, S, S, 3], and bool [T, S, S]: the pixels at least half covered by painted objects.
     """
-    gain = 1 + clutter * rng.uniform(-0.02, 0.02, len(world))
-    noise_sigma = clutter * rng.uniform(2, 6)
+    gain = 1 + clutter * rng.uniform(-0.011, 0.011, len(world))
+    noise_sigma = clutter * rng.uniform(1.2, 3.5)
     seen = _shifted(world, clutter * _shake(rng, len(world)) * size_px + margin_px(size_px), size_px)
     colours = seen[..., :3] * (255 * gain).astype(np.float32)[:, None, None, None]
     noise = rng.standard_normal(colours.shape, dtype=np.float32)

@@ -50,7 +50,7 @@ def test_unknown_preset_is_refused_with_the_known_ones():
         ({"num_heads": 5}, "dim 32 .* num_heads 5"),
         ({"dim": 36, "num_heads": 4}, "dim 36 cannot be halved 3 times for 4 experts"),
         ({"pooling": "max"}, "pooling must be one of cls, mean, got 'max'"),
-        ({"router": "none"}, "router must be one of learned, random, got 'none'"),
+        ({"router": "none"}, "router must be one of learned, motion, random, got 'none'"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_their_values(changes, message):

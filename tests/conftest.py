@@ -1,0 +1,102 @@
+"""What the tests of pipelines and jobs share: a Ray, a tiny model, and a tiny archive with two files that are no videos."""
+
+import csv
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mone.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from mone.config import ModelConfig
+from mone.model import ViViT
+from pipelines.synthetic import MOTIONS, render, split_seeds, write_clip
+
+# Two clips of a second in each rendered video of two.
+TINY = ModelConfig(
+    num_classes=len(MOTIONS),
+    num_frames=8,
+    height_px=64,
+    width_px=64,
+    tubelet_px=16,
+    dim=32,
+    num_heads=4,
+    depth=2,
+    temporal_depth=1,
+    pixels="centred",
+    span_s=1.0,
+)
+NUM_VIDEOS, NUM_CLIPS = 8, 2 * 8 + 2  # with the two that are no videos
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A Ray in this process, started once."""
+    import ray
+    from ray.data import DataContext
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(
+        "local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=200 * 2**20,
+    )
+    DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def shared_ray(ray_session) -> Iterator[None]:
+    """The session's Ray; what a test sets in Ray Data's context is gone after it."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    before = context.checkpoint_config
+    yield
+    context.checkpoint_config = before
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A model in which no parameter is at a special value, so that its answers differ from clip to clip."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        model = ViViT(TINY)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.1))
+        model.head.weight.normal_()
+    return save_checkpoint(model, MOTIONS, tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model_folder) -> Checkpoint:
+    return read_checkpoint(model_folder)
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory) -> Path:
+    """A table of eight motions and two files that are no videos: the seventh and eighth row are the split "val"."""
+    folder = tmp_path_factory.mktemp("archive")
+    rows = []
+    for number, seed in enumerate(split_seeds("test", NUM_VIDEOS)):
+        clip = render(seed, num_frames=16, size_px=64)
+        write_clip(clip, folder / f"{clip.label}.mp4")
+        rows.append((f"{clip.label}.mp4", clip.label, "train" if number < 6 else "val"))
+    (folder / "damaged.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("this is no video\n" * 100)
+    rows += [("damaged.mp4", MOTIONS[0], "train"), ("text.mp4", MOTIONS[1], "train")]
+    return write_labels(folder / "labels.csv", rows)
+
+
+def write_labels(path: Path, rows: list[tuple[str, str, str]]) -> Path:
+    """A table of labelled videos: file, label, split."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("video", "label", "split"), *rows])
+    return path
