@@ -23,6 +23,7 @@ def connected(address: str) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else `uv run` re-installs in every worker
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else a warning about its own actors for every run
     address = address or os.environ.get("RAY_ADDRESS", "")
     options = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:

@@ -130,25 +130,11 @@ def model_stage(
     # Without a GPU half of the cores decode while the other half run the model.
     workers = num_workers or num_gpus or max(1, num_cpus // 2)
     return decoded.map_batches(
-        _FromObjectStore,
-        fn_constructor_args=(model, [ray.put(arguments)]),
+        model,
+        fn_constructor_args=arguments,
         batch_size=batch_size or (64 if num_gpus else 16),
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=workers),
         num_cpus=1 - _WRITE_CPUS,
         num_gpus=1 if num_gpus else 0,
     )
-
-
-class _FromObjectStore:
-    """A callable class whose arguments, weights among them, travel once through the object store.
-
-    As plain constructor arguments Ray would ship them by a reference that it does not keep for a restarted actor
-    (ray-project/ray#53727).
-    """
-
-    def __init__(self, model: type, arguments: list[ray.ObjectRef]) -> None:
-        self.model = model(*ray.get(arguments[0]))
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return self.model(batch)

@@ -1,10 +1,14 @@
-"""What the tests of pipelines and jobs share: a Ray, a tiny model, and a tiny archive with two files that are no videos."""
+"""What the tests of pipelines and jobs share: a Ray, a tiny model, and an archive with two files that are no videos."""
 
 import csv
 import logging
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +97,23 @@ def archive(tmp_path_factory) -> Path:
     (folder / "text.mp4").write_text("this is no video\n" * 100)
     rows += [("damaged.mp4", MOTIONS[0], "train"), ("text.mp4", MOTIONS[1], "train")]
     return write_labels(folder / "labels.csv", rows)
+
+
+def run_job(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run `python -m jobs.NAME` in a process of its own, with a Ray of its own."""
+    return subprocess.run(**command_of(name, *arguments), capture_output=True, timeout=180, check=False)
+
+
+def command_of(name: str, *arguments: object) -> dict[str, Any]:
+    """What `subprocess` needs to run a job."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", f"jobs.{name}", *map(str, arguments)]
+    return {"args": command, "env": environment, "cwd": Path(__file__).parents[1], "text": True}
+
+
+def complaints(stderr: str, name: str) -> list[str]:
+    """The lines that a job itself says on stderr, beside its progress bars."""
+    return [line for line in re.split("[\r\n]", stderr) if line.startswith(f"python -m jobs.{name}: ")]
 
 
 def write_labels(path: Path, rows: list[tuple[str, str, str]]) -> Path:
