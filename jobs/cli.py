@@ -48,9 +48,10 @@ def run(name: str, config_type: type[Config], job: Callable[[Config], None], arg
         0 done, 1 failed outcome, 2 bad input, 130 stopped by Ctrl-C or SIGTERM.
     """
     program = f"python -m jobs.{name}"
+    handler = signal.getsignal(signal.SIGTERM)
+    interrupt_on_sigterm()
     try:
-        with _sigterm_interrupts():
-            job(_parse(config_type, sys.argv[1:] if argv is None else list(argv), program))
+        job(_parse(config_type, sys.argv[1:] if argv is None else list(argv), program))
     except UserError as error:
         return _say(program, error, BAD_INPUT)
     except JobFailed as failure:
@@ -59,6 +60,8 @@ def run(name: str, config_type: type[Config], job: Callable[[Config], None], arg
         return _say(program, "stopped; what was committed stays, the same command continues", INTERRUPTED)
     except SystemExit as end:  # --help
         return int(end.code or DONE)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     return DONE
 
 
@@ -80,15 +83,10 @@ def _parse(config_type: type[Config], argv: list[str], program: str) -> Config:
         raise UserError(f"{' '.join(body.split())} (--help lists the options)") from None
 
 
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM stop a job as Ctrl-C does; schedulers and `ray job stop` send it."""
+def interrupt_on_sigterm() -> None:
+    """Let SIGTERM stop a job as Ctrl-C does: schedulers and `ray job stop` send it, and Ray's start takes it over."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    signal.signal(signal.SIGTERM, interrupt)

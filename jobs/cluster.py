@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import ray
 from ray.data import DataContext
 
-from jobs.cli import UserError
+from jobs.cli import UserError, interrupt_on_sigterm
 
 
 @contextlib.contextmanager
@@ -33,6 +33,7 @@ def connected(address: str) -> Iterator[None]:
             ray.init(include_dashboard=False, **options)
     except (ConnectionError, ValueError) as error:
         raise UserError(f"no Ray cluster answers at {address}: {error}") from error
+    interrupt_on_sigterm()
     # One progress bar, ours, in clips; Ray Data's speaks of blocks and operators.
     context = DataContext.get_current()
     context.enable_progress_bars = False

@@ -36,10 +36,10 @@ class Render:
 
 def render_job(config: Render) -> None:
     """Run the job."""
-    with checking_input():
-        seeds = split_seeds(config.split, config.clips)
     if config.size % 2 or config.size < 32 or config.frames < 2 or config.clips < 1:
         raise UserError("--size must be even and at least 32, --frames at least 2, --clips at least 1")
+    with checking_input():
+        seeds = split_seeds(config.split, config.clips)
     output = make_output(config.output)
     write = functools.partial(_write, output=output, size_px=config.size, num_frames=config.frames)
     with multiprocessing.get_context("spawn").Pool() as pool:

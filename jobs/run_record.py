@@ -35,9 +35,12 @@ def read_run(output: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
+        raise UserError(f"{path} is not the record of an annotate run")
+    return record
 
 
 def write_run(output: Path, record: dict[str, Any]) -> None:

@@ -52,13 +52,13 @@ def train(config: Train) -> None:
     """Run the job."""
     if config.recipe not in RECIPES:
         raise UserError(f"unknown recipe {config.recipe!r}; there are {', '.join(RECIPES)}")
-    for name in ("num_clips", "epochs"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(config, name)}")
+    for name, least in (("num_clips", 0), ("epochs", 0), ("clips_per_video", 1)):
+        if getattr(config, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(config, name)}")
     with checking_input():
         load_clips, labels = _data(config)
     recipe = _adapt(RECIPES[config.recipe](), config, len(labels))
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(config.device)
     output = make_output(config.output)
     _check_same_run(output, config, recipe)
 
@@ -74,6 +74,17 @@ def train(config: Train) -> None:
         _train_epochs(trainer, clips, held_out, output)
     save_checkpoint(trainer.averaged, labels, output / MODEL_DIR, dtype=torch.bfloat16)
     print(output / MODEL_DIR)
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if available else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"--device must be cuda or cpu, got {name!r}") from error
+    if device.type not in ("cuda", "cpu") or (device.type == "cuda" and not available):
+        raise UserError(f"--device {name} is not there")
+    return device
 
 
 def _train_epochs(trainer: Trainer, clips: MemoryClips, held_out: MemoryClips, output: Path) -> None:

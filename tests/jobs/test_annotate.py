@@ -95,7 +95,7 @@ def test_the_record_says_what_was_run_with_what_and_what_came_of_it(second, run_
     }
     assert len(record["sessions"]) == 2
     assert totals["wall_s"] == pytest.approx(sum(session["wall_s"] for session in record["sessions"]))
-    assert 0 < totals["device_s"]["decode"] and 0 < totals["device_s"]["model"]
+    assert totals["device_s"]["decode"] > 0 and totals["device_s"]["model"] > 0
 
 
 def test_the_audit_is_clean(finished, capsys):

@@ -207,13 +207,11 @@ def test_a_number_out_of_range(refused, archive, model_folder, out, job, option)
     refused(job, *options_of(job, archive, model_folder, out), option, names=word_of(option))
 
 
-@pytest.mark.xfail(strict=True, reason="render says 'count' where the option is called --clips")
 def test_render_names_its_option(refused, out):
     refused("render", "--output", out, "--clips=-1", names="--clips")
 
 
 @pytest.mark.parametrize("option", ["--clips-per-video=-1", "--device=abacus"])
-@pytest.mark.xfail(strict=True, reason="train does not check --clips-per-video and --device before it starts")
 def test_train_checks_all_its_options_first(refused, archive, model_folder, out, option):
     refused("train", *options_of("train", archive, model_folder, out), option, names=word_of(option))
 
@@ -267,7 +265,6 @@ def test_a_record_that_is_no_json(refused, tmp_path, archive, model_folder, text
 
 
 @pytest.mark.parametrize("record", [{"another": "program's"}, [1], {"identity": 3}])
-@pytest.mark.xfail(strict=True, reason="read_run takes any JSON for a record of ours")
 def test_a_record_that_is_not_ours(refused, tmp_path, archive, model_folder, record):
     (tmp_path / "run.json").write_text(json.dumps(record))
     refused("report", tmp_path, names="run.json")

@@ -1,0 +1,115 @@
+"""The page about a run, from rows made by hand: pictures or the reason why there are none; no script gets through."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import jobs.report
+from pipelines.annotate import ANNOTATIONS_DIR, MANIFEST_DIR
+from pipelines.archive import Video, list_videos
+from pipelines.manifest import plan_video
+from pipelines.predict import Annotator
+from pipelines.schema import MANIFEST
+from pipelines.timeline import ClipPlan
+from pipelines.tokenize import tokenize_table
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, archive, checkpoint, model_folder) -> Path:
+    """A run folder as the annotate job would leave it, made without Ray, with a model of its own."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+    model = shutil.copytree(model_folder, folder.parent / "model")
+    shutil.copytree(archive.parent, folder.parent / "videos")
+    videos = list(list_videos(str(folder.parent / "videos" / archive.name)))
+    videos.append(Video(uri=str(folder.parent / "<script>alert(1)</script>.mp4")))
+    rows = [dataclasses.asdict(clip) for video in videos for clip in plan_video(video, ClipPlan(span_s=1.0))]
+    manifest = pa.Table.from_pylist(rows, schema=MANIFEST)
+    annotations = Annotator(checkpoint, 0.4, 3)(tokenize_table(manifest, checkpoint.config))
+    for name, table in ((MANIFEST_DIR, manifest), (ANNOTATIONS_DIR, annotations)):
+        (folder / name).mkdir(parents=True)
+        pq.write_table(table, folder / name / "rows.parquet")
+    record = {
+        "config": {"model": str(model)},
+        "identity": {"archive": "<b>archive</b>", "model_id": checkpoint.model_id, "capacity": 0.4},
+        "labels": list(checkpoint.labels),
+        "num_experts": 4,
+        "versions": {"python": "3"},
+        "totals": {},
+    }
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def page_of(folder: Path, *options: str) -> str:
+    assert jobs.report.main([str(folder), *options]) == 0
+    return (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("clips, shown", [(0, 0), (1, 1), (3, 3), (100, 16)])
+def test_as_many_clips_are_shown_as_were_asked_for(copy, clips, shown):
+    page = page_of(copy, "--clips", str(clips))
+    assert page.count('<section class="clip">') == shown
+    assert page.count("data:image/jpeg;base64,") == 8 * shown
+    assert ("none were asked for" in page) == (clips == 0)
+
+
+def test_the_page_loads_nothing_and_runs_nothing(copy):
+    page = page_of(copy)
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    assert "&lt;b&gt;archive&lt;/b&gt;" in page and "<b>archive" not in page
+
+
+def test_rows_that_are_missing_are_said(copy):
+    path = copy / ANNOTATIONS_DIR / "rows.parquet"
+    pq.write_table(pq.read_table(path).slice(2), path)
+    assert "Audit not clean: 2 missing" in page_of(copy)
+
+
+def test_without_the_model_there_is_a_page_without_pictures(copy, tmp_path):
+    record = json.loads((copy / "run.json").read_text())
+    record["config"]["model"] = str(tmp_path / "moved-away")
+    (copy / "run.json").write_text(json.dumps(record))
+    page = page_of(copy)
+    assert "moved-away" in page and "data:image" not in page
+
+
+def test_with_another_model_there_are_no_pictures(copy):
+    record = json.loads((copy / "run.json").read_text())
+    record["identity"]["model_id"] = "0" * 16
+    (copy / "run.json").write_text(json.dumps(record))
+    assert "holds another model now" in page_of(copy)
+
+
+def test_without_the_videos_there_are_no_pictures(copy, run):
+    videos = run.parent / "videos"
+    videos.rename(run.parent / "moved")
+    try:
+        assert "no clip could be decoded" in page_of(copy)
+    finally:
+        (run.parent / "moved").rename(videos)
+
+
+def test_a_run_of_failures_alone_has_a_page(copy):
+    path = copy / ANNOTATIONS_DIR / "rows.parquet"
+    rows = pq.read_table(path)
+    failed = rows.filter(pa.array(status != "ok" for status in rows["status"].to_pylist()))
+    pq.write_table(failed, path)
+    page = page_of(copy)
+    assert "no clip could be decoded" in page and "the file has 0 bytes" in page
+
+
+def test_a_report_is_written_again(copy):
+    (copy / "report.html").write_text("old")
+    assert page_of(copy) != "old"
+    assert not list(copy.glob("*.partial"))
