@@ -40,6 +40,7 @@ def motions() -> Recipe:
             depth=4,
             temporal_depth=3,
             pooling="cls",
+            router="motion",
             pixels="centred",
             span_s=2.0,
         ),

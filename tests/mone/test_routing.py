@@ -3,7 +3,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mone.routing import LearnedRouter, RandomRouter, expert_preferred_routing
+from mone.routing import (
+    LearnedRouter,
+    MotionRouter,
+    RandomRouter,
+    expert_preferred_routing,
+)
 from tests.mone.conftest import slow_routing
 
 
@@ -127,3 +132,34 @@ def test_random_router_in_evaluation_reads_pixels_and_position_only():
 def test_random_router_in_training_draws_anew():
     patches, router = torch.zeros(1, 6, 96, dtype=torch.uint8), RandomRouter(3).train()
     assert not torch.equal(router(torch.zeros(1, 6, 8), patches), router(torch.zeros(1, 6, 8), patches))
+
+
+# --- the router with a prior from frame differences ---
+
+
+def moving_patches(moving: list[int]) -> torch.Tensor:
+    """uint8 [1, 9, 2 * 12] of two frames: only these tokens change between them."""
+    first = torch.randint(0, 200, (1, 9, 12), generator=torch.Generator().manual_seed(0))
+    second = first.clone()
+    second[:, moving] += 50
+    return torch.cat([first, second], dim=-1).to(torch.uint8)
+
+
+def test_the_motion_prior_gives_what_changes_the_largest_expert():
+    router = MotionRouter(8, 3, tubelet_frames=2)
+    torch.nn.init.zeros_(router.weight)
+    plan = expert_preferred_routing(router(torch.randn(1, 9, 8), moving_patches([1, 4, 7])), (3, 3, 3))
+    assert plan.expert_BN[0, [1, 4, 7]].tolist() == [2, 2, 2]
+
+
+def test_a_still_frame_has_no_motion_prior():
+    router, plain = MotionRouter(8, 3, tubelet_frames=2), LearnedRouter(8, 3)
+    plain.load_state_dict({name: value for name, value in router.state_dict().items() if name != "prior_E"})
+    tokens_BND = torch.randn(1, 9, 8)
+    torch.testing.assert_close(router(tokens_BND, moving_patches([])), plain(tokens_BND, moving_patches([])))
+
+
+def test_the_motion_prior_learns():
+    router = MotionRouter(8, 3, tubelet_frames=2)
+    router(torch.randn(1, 9, 8), moving_patches([2]))[..., 2].square().sum().backward()
+    assert router.prior_E.grad is not None and router.prior_E.grad.abs().sum() > 0
