@@ -9,7 +9,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,7 +81,7 @@ def _result(scored: list[ScoredClip], config: Evaluate, checkpoint: Checkpoint) 
     for clip in scored:
         clips_of[clip.video, clip.label]  # a video whose clips all fail has an entry too
         if clip.error:
-            failures[Path(clip.video).name] = clip.error
+            failures[clip.video] = clip.error
         else:
             clips_of[clip.video, clip.label].append(clip.probabilities_KC)
     rows = []

@@ -35,6 +35,10 @@ TINY = ModelConfig(
 NUM_VIDEOS, NUM_CLIPS = 8, 2 * 8 + 2  # with the two that are no videos
 
 
+def pytest_runtest_setup() -> None:
+    torch.set_num_threads(1)  # models here are too small for more
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A Ray in this process, started once."""

@@ -30,6 +30,14 @@ class Options:
     """Whether."""
 
 
+@pytest.fixture(autouse=True)
+def _sigterm_as_before():
+    """Jobs own their process and leave their handler; the tests' process is not theirs."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 def end_of(job, argv=()) -> int:
     return run("some", Options, job, list(argv))
 
@@ -71,7 +79,6 @@ def test_a_defect_of_ours_is_not_dressed_up():
 
 
 def test_sigterm_stops_a_job_as_ctrl_c_does(capsys):
-    before = signal.getsignal(signal.SIGTERM)
     cleaned = []
 
     def job(config: Options) -> None:
@@ -85,7 +92,6 @@ def test_sigterm_stops_a_job_as_ctrl_c_does(capsys):
     assert end_of(job) == 130
     assert time.monotonic() - started_s < 30 and cleaned
     assert len(capsys.readouterr().err.splitlines()) == 1
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("argv", [["--count", "some"], ["--count"], ["--colour", "red"], ["stray"]])

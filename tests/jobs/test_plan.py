@@ -57,6 +57,7 @@ def test_annotating_does_not_take_over_a_plan_of_something_else(
     import jobs.annotate
 
     monkeypatch.setattr(jobs.annotate, "connected", lambda address: contextlib.nullcontext())
+    monkeypatch.setattr(jobs.annotate, "write_annotations", lambda *args: pytest.fail("the plan was taken over"))
     assert plan(archive, tmp_path / "out", model_folder) == 0
     place = archive.parent if options == ["another archive"] else archive
     options = [] if options == ["another archive"] else options
