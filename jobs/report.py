@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jinja2 import Environment, FileSystemLoader, select_autoescape
+from jinja2 import Environment, FileSystemLoader
 
 from jobs.cli import UserError, checking_input, run
 from jobs.inputs import Folder
@@ -59,7 +59,7 @@ def report(config: Report) -> None:
         result = totals(folder / ANNOTATIONS_DIR, frozenset(record["labels"]))
         checked = audit(folder / MANIFEST_DIR, folder / ANNOTATIONS_DIR)
     shown, missing_pictures = _pictures(folder, record, config.clips)
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape())
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = templates.get_template("report.html.j2").render(
         record=record,
         totals=result,

@@ -162,7 +162,11 @@ def _adapt(recipe: Recipe, config: Train, num_classes: int) -> Recipe:
 
 def _check_same_run(output: Path, config: Train, recipe: Recipe) -> None:
     """Keep the run's description beside it, and refuse to continue another one."""
-    description = json.dumps({"data": config.data, "recipe": dataclasses.asdict(recipe)}, indent=1, default=str)
+    description = json.dumps(
+        {"data": config.data, "clips_per_video": config.clips_per_video, "recipe": dataclasses.asdict(recipe)},
+        indent=1,
+        default=str,
+    )
     path = output / "config.json"
     if path.exists() and path.read_text() != description:
         raise UserError(f"{output} holds another run; choose another --output")

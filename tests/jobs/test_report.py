@@ -68,7 +68,6 @@ def test_the_page_loads_nothing_and_runs_nothing(copy):
     assert not re.search(r"https?://|<link|@import|url\(", page_of(copy, "--clips", "1"))
 
 
-@pytest.mark.xfail(strict=True, reason="select_autoescape() goes by the template's last extension, .j2, and is off")
 def test_names_of_files_and_labels_are_text_and_not_markup(copy):
     page = page_of(copy, "--clips", "0")
     assert "&lt;b&gt;archive&lt;/b&gt;" in page

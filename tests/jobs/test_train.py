@@ -183,7 +183,6 @@ def test_another_run_needs_another_folder(threads, data, tmp_path, capsys, chang
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.xfail(strict=True, reason="config.json does not hold --clips-per-video")
 def test_other_clips_are_another_run(threads, data, tmp_path):
     assert train("--data", data, "--output", tmp_path / "run", "--clips-per-video", 1) == 0
     assert train("--data", data, "--output", tmp_path / "run", "--clips-per-video", 2) == 2
