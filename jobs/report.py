@@ -67,7 +67,6 @@ def report(config: Report) -> None:
         shown=shown,
         missing_pictures=missing_pictures,
         experts=_legend(record),
-        ok=Status.OK.value,
     )
     partial = folder / f"{REPORT_FILE}.partial"
     partial.write_text(page)

@@ -74,7 +74,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_SND: Tensor, segments: Segments, gain_SN1: Tensor | float = 1.0) -> Tensor:
-        """Z = x + SA_j(x);  x' = z + gain FFN_j(z), with gain = alpha r_j + 1 for routed tokens."""
+        """Compute z = x + SA_j(x) and x' = z + gain FFN_j(z), where gain is alpha r_j + 1 for routed tokens."""
         z_SND = x_SND + self.attention(self.norm_attention(x_SND), segments)
         return z_SND + gain_SN1 * self.mlp(self.norm_mlp(z_SND), segments)
 

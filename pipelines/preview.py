@@ -1,5 +1,6 @@
 """Pictures of where the compute went: a clip's frames with the expert of each patch drawn over them."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -10,9 +11,10 @@ from PIL import Image
 from mone.checkpoint import Checkpoint
 from mone.model import ViViT
 from mone.tubelets import to_patches
-from pipelines.decode import Clip, Source, View, decode_clips
+from pipelines.decode import Clip, View, decode_clips
 from pipelines.manifest import source_of
 from pipelines.schema import PlannedClip
+from pipelines.tokenize import view_of
 
 # From the smallest expert (dark) to the full one (bright), as in viridis: safe for the colour-blind.
 _RAMP = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [253, 231, 37]], dtype=np.float32)
@@ -55,13 +57,9 @@ def preview(clip: PlannedClip, checkpoint: Checkpoint, model: ViViT, capacity: f
         DecodeFailure: The clip cannot be decoded (any more).
     """
     config = checkpoint.config
-    scale = -(-_PICTURE_PX // config.height_px)
-    wanted = View(num_frames=config.num_frames, height_px=config.height_px * scale, width_px=config.width_px * scale)
-    source = source_of(clip)
-    small, large = (
-        _decoded(source, clip, view)
-        for view in (View(num_frames=config.num_frames, height_px=config.height_px, width_px=config.width_px), wanted)
-    )
+    seen, scale = view_of(config), -(-_PICTURE_PX // config.height_px)
+    shown = dataclasses.replace(seen, height_px=seen.height_px * scale, width_px=seen.width_px * scale)
+    small, large = (_decoded(clip, view) for view in (seen, shown))
     maps = expert_maps(model, small, capacity)
     moments = np.linspace(0, config.num_indices - 1, min(_PICTURES, config.num_indices)).round().astype(int)
     frames = [large[moment * config.tubelet_frames] for moment in moments]
@@ -71,8 +69,8 @@ def preview(clip: PlannedClip, checkpoint: Checkpoint, model: ViViT, capacity: f
     ]
 
 
-def _decoded(source: Source, clip: PlannedClip, view: View) -> np.ndarray:
-    outcome = decode_clips(source, [(clip.start_s, clip.end_s)], view)[0]
+def _decoded(clip: PlannedClip, view: View) -> np.ndarray:
+    outcome = decode_clips(source_of(clip), [(clip.start_s, clip.end_s)], view)[0]
     if not isinstance(outcome, Clip):
         raise outcome
     return outcome.frames_THWC
