@@ -221,6 +221,7 @@ class _Pass:
     pictures: list[np.ndarray]
     end_s: float
     damages: list[Damage]
+    key_times_s: list[float]  # of the key frames, where decoding recovers from a damage
     late: bool  # after a seek, the first frame came after the first instant
 
 
@@ -231,21 +232,28 @@ def _pass(source: Source, times_s: np.ndarray, view: View, *, seek_s: float) -> 
         if seek_s > 0:
             container.seek(zero + int(seek_s / tick), stream=stream)
         damages: list[Damage] = []
-        frames = decode_frames(container, stream, damages)
-        pictures, first_s, end_s = _pick(_timed(frames, zero, tick), times_s, view)
+        key_times_s: list[float] = []
+        frames = _timed(decode_frames(container, stream, damages), zero, tick, key_times_s)
+        pictures, first_s, end_s = _pick(frames, times_s, view)
         late = seek_s > 0 and (first_s is None or first_s > times_s[0] + 1e-3)
         return _Pass(
             pictures=pictures,
             end_s=end_s,
             damages=[Damage(time_s=(d.time_s - zero * tick), reason=d.reason) for d in damages],
+            key_times_s=key_times_s,
             late=late,
         )
 
 
-def _timed(frames: Iterable[VideoFrame], zero: int, tick: float) -> Iterator[tuple[float, VideoFrame]]:
+def _timed(
+    frames: Iterable[VideoFrame], zero: int, tick: float, key_times_s: list[float]
+) -> Iterator[tuple[float, VideoFrame]]:
     for frame in frames:
         assert frame.pts is not None
-        yield (frame.pts - zero) * tick, frame
+        time_s = (frame.pts - zero) * tick
+        if frame.key_frame:
+            key_times_s.append(time_s)
+        yield time_s, frame
 
 
 def _pick(
@@ -291,9 +299,12 @@ def picture(frame: VideoFrame, view: View) -> np.ndarray:
 
 def _assemble(span: tuple[float, float], pictures: list[np.ndarray | None], passed: _Pass) -> Outcome:
     shown = [picture for picture in pictures if picture is not None]
-    damages = [damage for damage in passed.damages if span[0] <= damage.time_s < span[1]]
+    # A lost packet spoils every frame that is predicted from it, up to the next key frame.
+    clean_s = max((time_s for time_s in passed.key_times_s if time_s <= span[0]), default=0.0)
+    damages = [damage for damage in passed.damages if clean_s <= damage.time_s < span[1]]
     if not shown:
-        return DecodeFailure(Status.DECODE_ERROR, damages[0].reason) if damages else _nothing_there(span, passed.end_s)
+        inside = [damage for damage in damages if damage.time_s >= span[0]]
+        return DecodeFailure(Status.DECODE_ERROR, inside[0].reason) if inside else _nothing_there(span, passed.end_s)
     notes = [_short_note(len(shown), len(pictures))]
     if damages:
         notes.append(f"partial: {len(damages)} damaged packets skipped ({damages[0].reason})")
