@@ -18,8 +18,9 @@ from jobs.progress import clips_progress
 from jobs.run_record import read_run, timestamp, totals_record, versions, write_run
 from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint
-from pipelines.annotate import ANNOTATIONS_DIR, MANIFEST_DIR, Settings, write_annotations, write_manifest
+from pipelines.annotate import MANIFEST_DIR, Settings, write_annotations, write_manifest
 from pipelines.archive import list_videos
+from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.ledger import Totals, count_rows, totals
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from jobs.cli import JobFailed, checking_input, run
 from jobs.inputs import Folder
-from pipelines.annotate import ANNOTATIONS_DIR, MANIFEST_DIR
+from pipelines.annotate import MANIFEST_DIR
+from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.ledger import audit
 
 

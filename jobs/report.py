@@ -20,7 +20,8 @@ from jobs.inputs import Folder
 from jobs.run_record import read_run
 from mone.capacity import expert_shares
 from mone.checkpoint import CheckpointError, read_checkpoint
-from pipelines.annotate import ANNOTATIONS_DIR, MANIFEST_DIR
+from pipelines.annotate import MANIFEST_DIR
+from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.ledger import audit, read_columns, totals
 from pipelines.preview import expert_colours, preview
 from pipelines.probe import DecodeFailure

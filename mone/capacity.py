@@ -2,6 +2,10 @@
 
 import math
 from functools import lru_cache
+from typing import Literal
+
+# How a capacity becomes tokens per expert; `token_counts` says what each means.
+Allocation = Literal["mone", "uniform", "proportionate", "submodel", "token_drop", "tome"]
 
 # The paper's settings of the allocation problem.
 ENTROPY_WEIGHT = 10.0  # beta
@@ -61,25 +65,52 @@ def _stationary_shares(multiplier: float, widths: tuple[float, ...]) -> tuple[fl
     return tuple(weight / sum(weights) for weight in weights)
 
 
-@lru_cache(maxsize=1024)
-def token_counts(capacity: float, num_tokens: int, num_experts: int) -> tuple[int, ...]:
-    """Tokens n_1, ..., n_E of each expert, smallest first, that sum to num_tokens.
+@lru_cache(maxsize=4096)
+def token_counts(
+    capacity: float, num_tokens: int, num_experts: int, allocation: Allocation = "mone"
+) -> tuple[int, ...]:
+    """Tokens n_1, ..., n_E of each expert, smallest first.
 
     The only rounding of the whole system: n_j = floor(c_j N) for every expert but the smallest, which takes what is
     left (MoNE algorithm 1). The floor makes the realised capacity at most the asked one.
 
     Args:
         capacity: Effective capacity e_c in [d_1 / D, 1].
-        num_tokens: N, routed tokens of one frame.
+        num_tokens: N, routed tokens of one budget.
         num_experts: E.
+        allocation: "mone": the paper's shares. "uniform" (c_i = 1 / E) and "proportionate" (c_i ~ 1 / d_i: every expert
+            does the same work) are the fixed rules of MoNE table 2; they have one capacity of their own, whatever is
+            asked. "submodel": all tokens on the widest expert that fits the capacity. "token_drop" and "tome": the
+            number of tokens at full width that cost as much, so these counts sum to less than N.
 
     Raises:
         ValueError: A capacity outside its range.
     """
-    shares = expert_shares(capacity, num_experts)
-    # The bisection is exact to about 1e-12; without the margin a share of 0.25 - 1e-13 would lose a token of 4.
-    larger = [math.floor(share * num_tokens + 1e-6) for share in shares[1:]]
+    check_capacity(capacity, num_experts)
+    widths = relative_widths(num_experts)
+    # The bisection is exact to about 1e-12; without a margin a share of 0.25 - 1e-13 would lose a token of 4.
+    if allocation == "submodel":
+        fitting = sum(width <= capacity + 1e-6 for width in widths) - 1
+        return tuple(num_tokens * (index == fitting) for index in range(num_experts))
+    if allocation in ("token_drop", "tome"):
+        return (0,) * (num_experts - 1) + (max(1, math.floor(capacity * num_tokens + 1e-6)),)
+    larger = [math.floor(share * num_tokens + 1e-6) for share in _shares(capacity, num_experts, allocation)[1:]]
     return (num_tokens - sum(larger), *larger)
+
+
+def _shares(capacity: float, num_experts: int, allocation: Allocation) -> tuple[float, ...]:
+    if allocation == "mone":
+        return expert_shares(capacity, num_experts)
+    weights = [1.0 if allocation == "uniform" else 1 / width for width in relative_widths(num_experts)]
+    return tuple(weight / sum(weights) for weight in weights)
+
+
+def fixed_capacity(num_experts: int, allocation: Allocation) -> float | None:
+    """The one capacity that a fixed rule has: 0.469 for "uniform", 0.267 for "proportionate" (E = 4); else None."""
+    if allocation not in ("uniform", "proportionate"):
+        return None
+    shares = _shares(1.0, num_experts, allocation)
+    return sum(share * width for share, width in zip(shares, relative_widths(num_experts), strict=True))
 
 
 def effective_capacity(counts: tuple[int, ...]) -> float:

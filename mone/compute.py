@@ -7,8 +7,8 @@ Counted: every matrix product. Not counted: LayerNorm, softmax, GELU, adds and t
 
 from dataclasses import dataclass
 
-from mone.capacity import token_counts
 from mone.config import ModelConfig
+from mone.merging import merging_schedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,56 +16,98 @@ class Compute:
     """What one clip costs.
 
     Attributes:
-        flops: Floating-point operations with routing.
-        dense_flops: The same network with every token on the full expert.
+        flops: Floating-point operations, as it was run.
+        kept_flops: At full width, on the patches that were kept. dense_flops - kept_flops is what dropping static
+            patches saves, kept_flops - flops what routing saves on top.
+        dense_flops: At full width, on all patches.
         tokens_per_expert: Routed tokens of the whole clip, smallest expert first.
     """
 
     flops: int
+    kept_flops: int
     dense_flops: int
     tokens_per_expert: tuple[int, ...]
 
 
-def clip_compute(config: ModelConfig, capacity: float) -> Compute:
-    """The record of a clip run at an effective capacity; counts are static, so it holds for every clip.
+def clip_compute(config: ModelConfig, capacity: float, num_kept: int | None = None) -> Compute:
+    """The record of a clip run at an effective capacity; counts are static, so it holds for every clip of its size.
+
+    Args:
+        config: Sizes.
+        capacity: Effective capacity.
+        num_kept: Patches that were not dropped as static; None: none were dropped.
 
     Raises:
         ValueError: A capacity out of range.
     """
-    counts = token_counts(capacity, config.num_tokens, config.num_experts)
-    everything = token_counts(1.0, config.num_tokens, config.num_experts)
+    counts = config.token_counts(capacity, num_kept)
     return Compute(
-        flops=clip_flops(config, counts),
-        dense_flops=clip_flops(config, everything),
-        tokens_per_expert=tuple(config.num_indices * count for count in counts),
+        flops=clip_flops(config, counts, num_kept),
+        kept_flops=clip_flops(config, config.token_counts(1.0, num_kept), num_kept, dense=True),
+        dense_flops=clip_flops(config, config.token_counts(1.0), dense=True),
+        tokens_per_expert=tuple(config.num_budgets(num_kept) * count for count in counts),
     )
 
 
-def clip_flops(config: ModelConfig, counts: tuple[int, ...]) -> int:
-    """Floating-point operations of one clip whose frames split their tokens by these counts."""
+def clip_flops(
+    config: ModelConfig, counts: tuple[int, ...], num_kept: int | None = None, *, dense: bool = False
+) -> int:
+    """Floating-point operations of one clip whose budgets split their tokens by these counts.
+
+    Args:
+        config: Sizes.
+        counts: Tokens of each expert under one budget; with ToMe, the last is the average that a block sees.
+        num_kept: Patches that were not dropped as static.
+        dense: All tokens at full width instead.
+    """
+    num_patches = num_kept or config.num_indices * config.num_tokens
+    if dense:
+        counts = (0,) * (config.num_experts - 1) + (num_patches // config.num_budgets(num_kept),)
+    if config.allocation == "tome" and not dense:
+        encoder = _merging_macs(config, counts[-1])
+    else:
+        encoder = config.depth * _nested_block_macs(config, counts, num_kept)
+    num_frame_vectors = config.num_indices + 1
     return 2 * (
-        config.num_indices * (_stem_macs(config) + config.depth * _nested_block_macs(config, counts))
-        + config.temporal_depth * _block_macs(config, config.num_indices + 1, (config.num_indices + 1) * config.dim)
+        num_patches * config.dim * (config.patch_values + _router_outputs(config))
+        + encoder
+        + config.temporal_depth * _block_macs(config, num_frame_vectors * config.dim, num_frame_vectors**2)
         + config.dim * config.num_classes
     )
 
 
-def _stem_macs(config: ModelConfig) -> int:
-    """Tubelet embedding and router of one frame."""
-    router_outputs = 0 if config.router == "random" else config.num_experts
-    return config.num_tokens * config.dim * (config.patch_values + router_outputs)
+def _router_outputs(config: ModelConfig) -> int:
+    return 0 if config.router == "random" or config.allocation == "tome" else config.num_experts
 
 
-def _nested_block_macs(config: ModelConfig, counts: tuple[int, ...]) -> int:
-    num_class_tokens = int(config.pooling == "cls")
-    width_sum = sum(count * width for count, width in zip(counts, config.widths, strict=True))
-    return _block_macs(config, config.num_tokens + num_class_tokens, width_sum + num_class_tokens * config.dim)
+def _nested_block_macs(config: ModelConfig, counts: tuple[int, ...], num_kept: int | None) -> int:
+    num_budgets, num_sequences = config.num_budgets(num_kept), 1 if config.joint else config.num_indices
+    width_sum = num_budgets * sum(count * width for count, width in zip(counts, config.widths, strict=True))
+    width_sum += num_sequences * config.num_class_tokens * config.dim
+    if config.joint:
+        attended = num_budgets * sum(counts)
+    else:  # a frame attends over all of its places, whoever stands for them
+        attended = sum(counts) if config.budget_per_frame(num_kept) else config.num_tokens
+    return _block_macs(config, width_sum, num_sequences * (attended + config.num_class_tokens) ** 2)
 
 
-def _block_macs(config: ModelConfig, num_tokens: int, width_sum: int) -> int:
-    """One block on one sequence, where width_sum is the sum of d over its tokens.
+def _merging_macs(config: ModelConfig, mean_tokens: int) -> int:
+    num_sequences = 1 if config.joint else config.num_indices
+    frames = config.num_indices // num_sequences
+    tokens, macs = frames * config.num_tokens + config.num_class_tokens, 0
+    for merged in merging_schedule(frames * mean_tokens, frames * config.num_tokens, config.depth):
+        even = -(-(tokens - config.num_class_tokens) // 2)
+        matching = even * (tokens - config.num_class_tokens - even) * config.dim // config.num_heads if merged else 0
+        attention = 4 * tokens * config.dim**2 + 2 * tokens**2 * config.dim
+        tokens -= merged
+        macs += attention + matching + 2 * config.mlp_ratio * tokens * config.dim**2
+    return num_sequences * macs
 
-    Per token: Q, K, V 3 d D; attention out d D; MLP in and out 2 * ratio d D. Scores and values: 2 n D per token,
+
+def _block_macs(config: ModelConfig, width_sum: int, attended_pairs: int) -> int:
+    """One block, where width_sum is the sum of d over its tokens and attended_pairs that of queries times keys.
+
+    Per token: Q, K, V 3 d D; attention out d D; MLP in and out 2 * ratio d D. Scores and values: 2 D per pair,
     whatever the width (MoNE appendix A.1).
     """
-    return (4 + 2 * config.mlp_ratio) * width_sum * config.dim + 2 * num_tokens**2 * config.dim
+    return (4 + 2 * config.mlp_ratio) * width_sum * config.dim + 2 * attended_pairs * config.dim

@@ -16,9 +16,9 @@ class RoutingPlan(NamedTuple):
     """Who goes where, decided once before the first block and kept through all of them.
 
     Attributes:
-        order_BN: int64. Token indices sorted by expert, smallest expert first; the first counts[0] of them go to
-            the smallest expert, the next counts[1] to the second, and so on.
-        expert_BN: int64. Expert of each token, in token order.
+        order_BN: int64 [B, sum(counts)]. Token indices sorted by expert, smallest expert first; the first counts[0] of
+            them go to the smallest expert, the next counts[1] to the second, and so on.
+        expert_BN: int64. Expert of each token, in token order; -1 where counts left it out.
         weight_BN: float32. r_j: the router's probability of the expert that the token got, in token order.
         counts: Tokens of each expert, smallest first, the same for every sequence.
     """
@@ -107,13 +107,14 @@ def expert_preferred_routing(probabilities_BNE: Tensor, counts: tuple[int, ...])
 
     Args:
         probabilities_BNE: Router probabilities [B, N, E], experts from smallest to largest.
-        counts: Tokens of each expert; they sum to N.
+        counts: Tokens of each expert; they sum to N, or to less where tokens are to be left out (the baseline of
+            random token drop).
 
     Returns:
         The plan. `weight_BN` keeps the gradient to the router; the decisions have none.
     """
     num_tokens, num_experts = probabilities_BNE.shape[-2:]
-    assert len(counts) == num_experts and sum(counts) == num_tokens, (counts, probabilities_BNE.shape)
+    assert len(counts) == num_experts and sum(counts) <= num_tokens, (counts, probabilities_BNE.shape)
     free_BN = torch.ones_like(probabilities_BNE[..., 0], dtype=torch.bool)
     chosen: list[Tensor] = []
     for expert in reversed(range(1, num_experts)):
@@ -125,9 +126,29 @@ def expert_preferred_routing(probabilities_BNE: Tensor, counts: tuple[int, ...])
     order_BN = torch.cat(chosen[::-1], dim=-1)
 
     expert_of_slot_N = torch.cat([order_BN.new_full((count,), index) for index, count in enumerate(counts)])
-    expert_BN = torch.empty_like(order_BN).scatter(-1, order_BN, expert_of_slot_N.expand_as(order_BN))
-    weight_BN = probabilities_BNE.gather(-1, expert_BN.unsqueeze(-1)).squeeze(-1)
+    left_out_BN = torch.full_like(free_BN, -1, dtype=torch.int64)
+    expert_BN = left_out_BN.scatter(-1, order_BN, expert_of_slot_N.expand_as(order_BN))
+    weight_BN = probabilities_BNE.gather(-1, expert_BN.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return RoutingPlan(order_BN, expert_BN, weight_BN, counts)
+
+
+def merge_frames(
+    plan: RoutingPlan, clips_and_frames: tuple[int, int], num_tokens: int
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Expert-major order of whole clips from a plan per frame.
+
+    Args:
+        plan: Over B F sequences.
+        clips_and_frames: B and F.
+        num_tokens: N, tokens of a frame.
+
+    Returns:
+        Order int64 [B, F sum(counts)] into the F N tokens of a clip, and the counts of a clip.
+    """
+    order_BFN, num_frames = plan.order_BN.unflatten(0, clips_and_frames), clips_and_frames[1]
+    order_BFN = order_BFN + num_tokens * torch.arange(num_frames, device=order_BFN.device).unsqueeze(-1)
+    order_BK = torch.cat([part.flatten(1) for part in order_BFN.split(plan.counts, dim=-1)], dim=1)
+    return order_BK, tuple(num_frames * count for count in plan.counts)
 
 
 def make_router(config: ModelConfig) -> LearnedRouter | RandomRouter:

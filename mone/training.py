@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mone.capacity import token_counts
 from mone.config import ModelConfig
 from mone.model import ViViT
 
@@ -89,12 +88,13 @@ class Stage:
     def draw_counts(self, model: ModelConfig, generator: torch.Generator) -> tuple[int, ...]:
         """Tokens of each expert for one step."""
         if self.routing == "dense":
-            return token_counts(1.0, model.num_tokens, model.num_experts)
+            return model.token_counts(1.0)
         choices = model.num_experts if self.routing == "nested" else len(self.capacities)
         drawn = int(torch.randint(choices, (), generator=generator))
         if self.routing == "nested":
-            return tuple(model.num_tokens * (index == drawn) for index in range(model.num_experts))
-        return token_counts(self.capacities[drawn], model.num_tokens, model.num_experts)
+            tokens = sum(model.token_counts(1.0))
+            return tuple(tokens * (index == drawn) for index in range(model.num_experts))
+        return model.token_counts(self.capacities[drawn])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +201,7 @@ class Trainer:
             loss=loss,
             accuracy=correct,
             learning_rate=rate,
-            alpha=float(self.model.spatial.bounded_alphas().detach().mean()),
+            alpha=float(self.model.encoder.bounded_alphas().detach().mean()),
             clips_per_s=len(clips) / (time.perf_counter() - started_s),
         )
 

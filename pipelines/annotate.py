@@ -10,19 +10,19 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data import ActorPoolStrategy, Dataset
 
 from mone.checkpoint import Checkpoint
 from mone.config import ModelConfig
 from pipelines.archive import Video
-from pipelines.commit import REMAINING_DIR, checkpoint_config, write_remaining
+from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, write_remaining
 from pipelines.manifest import plan_video
 from pipelines.predict import Annotator
 from pipelines.schema import MANIFEST
 from pipelines.timeline import ClipPlan
 from pipelines.tokenize import tokenize_table
 
-MANIFEST_DIR, ANNOTATIONS_DIR = "manifest", "annotations"
+MANIFEST_DIR = "manifest"
 
 _VIDEOS = pa.schema([("uri", pa.string()), ("label", pa.string()), ("split", pa.string())])
 
@@ -66,13 +66,12 @@ def write_manifest(videos: Iterable[Video], plan: ClipPlan, output: Path) -> Non
 def write_annotations(output: Path, checkpoint: Checkpoint, settings: Settings) -> None:
     """Annotate every clip of DIR/manifest that is not committed yet.
 
-    Strictly one row out for one row in, keyed on clip_id. Each annotations file is committed with the ids in it, so a
-    run that is killed at any moment continues without a loss or a double.
+    Strictly one row out for one row in. Each file is committed whole, so a run that is killed at any moment continues
+    without a loss or a double.
     """
-    (output / ANNOTATIONS_DIR).mkdir(exist_ok=True)
+    fence(output)
     if not write_remaining(output, output / MANIFEST_DIR):
         return
-    DataContext.get_current().checkpoint_config = checkpoint_config(output)
     remaining = ray.data.read_parquet(str(output / REMAINING_DIR), schema=MANIFEST)
     annotated = model_stage(
         tokenize_stage(remaining, checkpoint.config),
@@ -81,7 +80,8 @@ def write_annotations(output: Path, checkpoint: Checkpoint, settings: Settings) 
         batch_size=settings.batch_size,
         num_workers=settings.num_model_workers,
     )
-    annotated.write_parquet(str(output / ANNOTATIONS_DIR), ray_remote_args={"num_cpus": _WRITE_CPUS})
+    annotated.write_datasink(CommittedFiles(output), ray_remote_args={"num_cpus": _WRITE_CPUS})
+    fence(output)
     shutil.rmtree(output / REMAINING_DIR)
 
 

@@ -1,50 +1,72 @@
 """What of a run is committed, and what is left to do.
 
-Ray Data commits in two phases: ids of a file are written as pending, then the file, then the ids become committed. A
-later run deletes files whose ids stayed pending. We keep that, and replace how committed ids are left out: Ray does it
-in actors that hold a CPU to the end, which on two cores leaves none to decode; here the manifest's remaining rows are
-written beside it before the run starts.
+A file of annotations is written under DIR/.staging/RUN and committed by one rename into DIR/annotations: it is there
+with all its rows, or not at all, and what is committed is what can be read there. A task that Ray runs again replaces
+its own file. A new run first takes the staging folder away, so that a worker which outlived its driver (a second or two
+after a SIGKILL) has nothing left to rename and cannot commit behind the new run's back. (Ray Data's checkpoints, which
+commit by id in a folder of their own, do not have this fence: we saw rows twice after a quick restart.)
 """
 
+import os
 import shutil
+import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ray.data.checkpoint import CheckpointConfig
-from ray.data.checkpoint.checkpoint_filter import IdColumnCheckpointManager
-from ray.data.checkpoint.checkpoint_writer import PENDING_CHECKPOINT_SUFFIX
+from ray.data import Datasink
+from ray.data.block import Block, BlockAccessor
 
 from pipelines.ledger import read_columns
-from pipelines.schema import MANIFEST
+from pipelines.schema import ANNOTATIONS, MANIFEST
 
-CHECKPOINT_DIR, REMAINING_DIR = ".checkpoint", ".remaining"
+ANNOTATIONS_DIR, STAGING_DIR, REMAINING_DIR = "annotations", ".staging", ".remaining"
 # Rows of a file of remaining clips: some ten megabytes, and a task of its own to read.
 _ROWS_PER_FILE = 50_000
 
 
-class _RecoverOnly(IdColumnCheckpointManager):
-    """Deletes files that were never committed, and filters nothing."""
+class CommittedFiles(Datasink[None]):
+    """Writes ANNOTATIONS rows to DIR/annotations, a file per task, each by one rename."""
 
-    def load_checkpoint(self, *args, **kwargs):
-        super().load_checkpoint(*args, **kwargs)
-        return None, 0
+    def __init__(self, output: Path) -> None:
+        self.run = uuid.uuid4().hex
+        self.staging, self.target = output / STAGING_DIR / self.run, output / ANNOTATIONS_DIR
+        self.staging.mkdir(parents=True)
+        self.target.mkdir(exist_ok=True)
+
+    def write(self, blocks: Iterable[Block], ctx) -> None:
+        """Write and commit one task's rows.
+
+        Raises:
+            FileNotFoundError: Another run has taken over.
+        """
+        table = pa.concat_tables([BlockAccessor.for_block(block).to_arrow() for block in blocks])
+        if not len(table):
+            return
+        staged = self.staging / f"{self.run}-{ctx.task_idx:06d}.parquet"
+        with staged.open("wb") as file:
+            pq.write_table(table.cast(ANNOTATIONS), file)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(self.target / staged.name)
 
 
-def checkpoint_config(output: Path) -> CheckpointConfig:
-    """Commit by clip_id; the committed ids stay after success, and tell a later run that nothing is left."""
-    return CheckpointConfig(
-        id_column="clip_id",
-        checkpoint_path=str(output / CHECKPOINT_DIR),
-        delete_checkpoint_on_success=False,
-        checkpoint_manager_cls=_RecoverOnly,
-    )
+def fence(output: Path) -> None:
+    """End what an earlier run may still be writing; by one rename, so that there is no moment in between."""
+    fenced = output / f"{STAGING_DIR}-{uuid.uuid4().hex}"
+    if (output / STAGING_DIR).exists():
+        (output / STAGING_DIR).rename(fenced)
+    for left in output.glob(f"{STAGING_DIR}-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def committed_ids(output: Path) -> set[str]:
     """Ids of all rows that are safe."""
-    files = (path for path in (output / CHECKPOINT_DIR).glob("*.parquet") if PENDING_CHECKPOINT_SUFFIX not in path.name)
-    return {id_ for path in files for id_ in pq.read_table(path, columns=["clip_id"])["clip_id"].to_pylist()}
+    folder = output / ANNOTATIONS_DIR
+    if next(folder.glob("*.parquet"), None) is None:
+        return set()
+    return {id_ for table in read_columns(folder, ["clip_id"], ANNOTATIONS) for id_ in table["clip_id"].to_pylist()}
 
 
 def write_remaining(output: Path, manifest: Path) -> int:
@@ -55,10 +77,10 @@ def write_remaining(output: Path, manifest: Path) -> int:
     """
     folder, committed, count = output / REMAINING_DIR, committed_ids(output), 0
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
     for number, table in enumerate(read_columns(manifest, MANIFEST.names, MANIFEST)):
         left = table.filter(pa.array(id_ not in committed for id_ in table["clip_id"].to_pylist()))
         for start in range(0, len(left), _ROWS_PER_FILE):
+            folder.mkdir(exist_ok=True)
             pq.write_table(left.slice(start, _ROWS_PER_FILE), folder / f"{number:06d}-{start:09d}.parquet")
         count += len(left)
     return count

@@ -39,8 +39,8 @@ def expert_maps(model: ViViT, frames_THWC: np.ndarray, capacity: float) -> np.nd
     """
     patches = torch.from_numpy(np.ascontiguousarray(to_patches(frames_THWC, model.config)))
     with torch.inference_mode():
-        expert_FN = model(patches.unsqueeze(0), capacity).plan.expert_BN[0]
-    return expert_FN.unflatten(-1, model.config.grid).numpy()
+        expert_K = model(patches.unsqueeze(0), capacity).plan.expert_BN[0]
+    return expert_K.reshape(-1, *model.config.grid).numpy()
 
 
 def draw(frame_HWC: np.ndarray, expert_RC: np.ndarray, num_experts: int) -> np.ndarray:

@@ -61,14 +61,8 @@ def ray_session() -> Iterator[None]:
 
 
 @pytest.fixture
-def shared_ray(ray_session) -> Iterator[None]:
-    """The session's Ray; what a test sets in Ray Data's context is gone after it."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    before = context.checkpoint_config
-    yield
-    context.checkpoint_config = before
+def shared_ray(ray_session) -> None:
+    """The session's Ray."""
 
 
 @pytest.fixture(scope="session")

@@ -40,9 +40,9 @@ def small_model(config: ModelConfig, *, alpha: float = 0.0, seed: int = 0, dtype
         for name, parameter in model.named_parameters():
             scale = parameter.shape[-1] ** -0.5 if name.endswith("weight") and parameter.dim() == 2 else 0.2
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + ("norm" in name))
-        model.spatial.alpha_L.copy_(alpha / torch.arange(1, config.depth + 1))
+        model.encoder.alpha_L.copy_(alpha / torch.arange(1, config.depth + 1))
     if dtype == torch.float64 and config.router == "learned":
-        model.spatial.router.__class__ = Router64
+        model.encoder.router.__class__ = Router64
     return model.to(dtype)
 
 

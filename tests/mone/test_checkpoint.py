@@ -130,8 +130,8 @@ def test_broken_json_is_refused_with_its_file(folder, name, content):
         ({"pooling": ["cls"]}, "pooling must be one of"),
         ({"num_classes": 6}, "5 labels for 6 classes"),
         ({"dim": 64}, r"tensor \S+ has shape \[[\d, ]+\], the config wants \[[\d, ]+\]"),
-        ({"depth": 2}, "tensor spatial.blocks.1.attention.out.bias is missing"),
-        ({"router": "random"}, "tensor spatial.router.bias is not in the model"),
+        ({"depth": 2}, "tensor encoder.blocks.1.attention.out.bias is missing"),
+        ({"router": "random"}, "tensor encoder.router.bias is not in the model"),
     ],
 )
 def test_config_that_does_not_fit_is_refused(folder, changes, message):

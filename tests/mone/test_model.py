@@ -18,7 +18,7 @@ EXACT = {"atol": 1e-10, "rtol": 1e-10}
 
 def layer_norm(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
-    normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     return normal * state[f"{name}.weight"] + state[f"{name}.bias"]
 
 
@@ -44,10 +44,10 @@ def reference(model: ViViT, clip_FNP: Tensor, counts: tuple[int, ...] | None = N
     state, config = model.state_dict(), model.config
     frames = []
     for patches in clip_FNP:
-        x = linear(state, "embed", patches.double() / 127.5 - 1) + state["spatial.position_ND"]
+        x = linear(state, "embed", patches.double() / 127.5 - 1) + state["encoder.position_ND"]
         mask, gains = 1.0, [1.0] * config.depth
         if counts is not None or alpha:
-            scores = torch.exp(linear(state, "spatial.router", x))
+            scores = torch.exp(linear(state, "encoder.router", x))
             probabilities = scores / scores.sum(-1, keepdim=True)
             last = [config.num_experts - 1] * len(x)
             experts = last if counts is None else slow_routing(probabilities.tolist(), counts)
@@ -57,13 +57,12 @@ def reference(model: ViViT, clip_FNP: Tensor, counts: tuple[int, ...] | None = N
             if config.pooling == "cls":
                 mask = torch.cat([torch.ones(1, config.dim, dtype=torch.float64), mask])
                 weight = torch.cat([torch.zeros(1, 1, dtype=torch.float64), weight])
-            gains = [factor * weight + 1 for factor in state["spatial.alpha_L"]]
+            gains = [factor * weight + 1 for factor in state["encoder.alpha_L"]]
         if config.pooling == "cls":
-            x = torch.cat([state["spatial.class_token_KD"], x])
+            x = torch.cat([state["encoder.class_token_KD"], x])
         for index, gain in enumerate(gains):
-            x = block(state, f"spatial.blocks.{index}", x, config.num_heads, mask, gain)
-        x = layer_norm(state, "spatial.norm", x)
-        frames.append(x[0] if config.pooling == "cls" else x.mean(0))
+            x = block(state, f"encoder.blocks.{index}", x, config.num_heads, mask, gain)
+        frames.append(layer_norm(state, "encoder.norm", x[0] if config.pooling == "cls" else x.mean(0)))
     x = torch.cat([state["temporal.class_token_KD"], torch.stack(frames) + state["temporal.position_FD"]])
     for index in range(config.temporal_depth):
         x = block(state, f"temporal.blocks.{index}", x, config.num_heads, 1.0, 1.0)
@@ -122,7 +121,7 @@ def test_order_of_tokens_does_not_matter_beyond_their_positions():
     model, permutation = small_model(small_config(), alpha=0.5), torch.randperm(12)
     patches = some_patches(model.config)
     before = model(patches, 0.4).logits_BC
-    model.spatial.position_ND.copy_(model.spatial.position_ND[permutation])
+    model.encoder.position_ND.copy_(model.encoder.position_ND[permutation])
     torch.testing.assert_close(model(patches[:, :, permutation], 0.4).logits_BC, before, **EXACT)
 
 
@@ -131,7 +130,7 @@ def test_a_new_model_knows_nothing(router):
     model = ViViT(small_config(router=router)).eval()
     logits = model(some_patches(model.config), 0.4).logits_BC
     assert torch.equal(logits.softmax(-1), torch.full((2, 5), 0.2))
-    assert not model.spatial.alpha_L.any()
+    assert not model.encoder.alpha_L.any()
 
 
 @pytest.mark.parametrize("router", ["learned", "random"])
@@ -201,14 +200,14 @@ TINY |= {"num_frames": 2, "height_px": 4, "width_px": 6, "tubelet_px": 2}
 @pytest.mark.parametrize(
     "name",
     [
-        "spatial.router.weight",
-        "spatial.alpha_L",
-        "spatial.position_ND",
-        "spatial.blocks.0.attention.qkv.weight",
-        "spatial.blocks.0.attention.out.weight",
-        "spatial.blocks.0.mlp.up.weight",
-        "spatial.blocks.0.mlp.down.weight",
-        "spatial.blocks.0.mlp.down.bias",
+        "encoder.router.weight",
+        "encoder.alpha_L",
+        "encoder.position_ND",
+        "encoder.blocks.0.attention.qkv.weight",
+        "encoder.blocks.0.attention.out.weight",
+        "encoder.blocks.0.mlp.up.weight",
+        "encoder.blocks.0.mlp.down.weight",
+        "encoder.blocks.0.mlp.down.bias",
     ],
 )
 def test_gradients_equal_finite_differences(pooling, counts, name):
@@ -230,19 +229,19 @@ def test_alpha_learns_from_zero_and_the_router_only_after_it():
     for alpha in (0.0, 0.3):
         model.zero_grad()
         with torch.no_grad():
-            model.spatial.alpha_L.fill_(alpha)
+            model.encoder.alpha_L.fill_(alpha)
         model(patches, 0.4).logits_BC.square().sum().backward()
-        assert model.spatial.alpha_L.grad.all()
-        assert bool(model.spatial.router.weight.grad.any()) == (alpha > 0)
+        assert model.encoder.alpha_L.grad.all()
+        assert bool(model.encoder.router.weight.grad.any()) == (alpha > 0)
 
 
 @pytest.mark.parametrize(("stored", "used"), [(-0.5, 0.0), (0.0, 0.0), (0.25, 0.25), (1.0, 1 - 1e-6), (7.0, 1 - 1e-6)])
 def test_alpha_stays_below_one_and_keeps_its_gradient_at_the_edges(stored, used):
     model = small_model(small_config(), dtype=torch.float32)
     with torch.no_grad():
-        model.spatial.alpha_L.fill_(stored)
-    alphas = model.spatial.bounded_alphas()
+        model.encoder.alpha_L.fill_(stored)
+    alphas = model.encoder.bounded_alphas()
     assert alphas.tolist() == pytest.approx([used, used], abs=5e-7)
     assert 0 <= alphas.min() <= alphas.max() < 1
     alphas.sum().backward()
-    assert model.spatial.alpha_L.grad.tolist() == [1, 1]
+    assert model.encoder.alpha_L.grad.tolist() == [1, 1]

@@ -17,7 +17,7 @@ def all_on(expert):
 
 def nested_parameters(model):
     """Parameters of the nested projections, with the dimension along which experts are prefixes."""
-    for block in model.spatial.blocks:
+    for block in model.encoder.blocks:
         for layer in (block.attention.qkv, block.mlp.up):
             yield layer.weight, 1
         for layer in (block.attention.out, block.mlp.down):
@@ -59,7 +59,7 @@ def test_projections_equal_full_matrices_with_zeros(counts):
 def test_residual_past_the_width_passes_all_blocks_unchanged(expert):
     model, width = small_model(CONFIG, alpha=0.6), CONFIG.widths[expert]
     x_SND = before_SND = torch.randn(2, CONFIG.num_tokens, CONFIG.dim, dtype=torch.float64)
-    for block in model.spatial.blocks:
+    for block in model.encoder.blocks:
         x_SND = block(x_SND, segments_of(all_on(expert), CONFIG.widths), 1.3)
     assert torch.equal(x_SND[..., width:], before_SND[..., width:])
     assert (x_SND[..., :width] != before_SND[..., :width]).all()
@@ -68,7 +68,7 @@ def test_residual_past_the_width_passes_all_blocks_unchanged(expert):
 def test_each_token_keeps_its_own_tail_beside_wider_ones():
     model, segments = small_model(CONFIG), segments_of((5, 3, 2, 2), CONFIG.widths)
     x_SND = before_SND = torch.randn(2, CONFIG.num_tokens, CONFIG.dim, dtype=torch.float64)
-    for block in model.spatial.blocks:
+    for block in model.encoder.blocks:
         x_SND = block(x_SND, segments)
     assert torch.equal((x_SND == before_SND).double(), (1 - masks(segments, CONFIG.dim)).expand_as(x_SND))
 

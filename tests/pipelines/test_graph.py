@@ -17,13 +17,13 @@ import pytest
 import pipelines.annotate
 from mone.checkpoint import Checkpoint
 from pipelines.annotate import (
-    ANNOTATIONS_DIR,
     MANIFEST_DIR,
     Settings,
     write_annotations,
     write_manifest,
 )
 from pipelines.archive import Video, list_videos
+from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.evaluate import score_videos
 from pipelines.ledger import audit
 from pipelines.manifest import plan_video

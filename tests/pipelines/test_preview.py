@@ -46,12 +46,12 @@ def test_the_map_is_laid_out_as_the_picture(checkpoint, seed):
         for parameter in (
             model.embed.weight,
             model.embed.bias,
-            model.spatial.position_ND,
-            *model.spatial.router.parameters(),
+            model.encoder.position_ND,
+            *model.encoder.router.parameters(),
         ):
             parameter.zero_()
         model.embed.weight[0] = 1 / CONFIG.patch_values
-        model.spatial.router.weight[-1, 0] = 10
+        model.encoder.router.weight[-1, 0] = 10
     num_bright = token_counts(0.5, CONFIG.num_tokens, CONFIG.num_experts)[-1]
     bright = np.random.default_rng(seed).permuted(np.arange(6 * 16).reshape(6, 16) % 16 < num_bright, axis=1)
     bright_FRC = bright.reshape(6, 4, 4)

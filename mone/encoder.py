@@ -1,0 +1,142 @@
+"""The nested encoder, which routes tokens once and keeps them sorted by expert; and the dense temporal encoder.
+
+Shapes: B clips, F temporal indices, N tokens per index, K = F N tokens of a clip (fewer where static patches were
+dropped), D model features, P values per patch, S sequences, L blocks, G = F vectors of a clip (joint: G = 1).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mone.blocks import Neighbours, make_blocks, take
+from mone.config import ModelConfig
+from mone.nested import Segment, segments_of
+from mone.routing import RoutingPlan, expert_preferred_routing, make_router, merge_frames
+from mone.static import last_kept
+
+_LARGEST_ALPHA = 1.0 - 1e-6
+
+
+class NestedEncoder(nn.Module):
+    """Routes tokens once, then runs all blocks in expert-major order.
+
+    Attention, MLP and pooling treat tokens as a set: sorted once, nothing is ever sorted back.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.router = make_router(config)
+        places = config.num_tokens * (config.num_indices if config.joint else 1)
+        self.position_ND = nn.Parameter(torch.zeros(places, config.dim))
+        self.class_token_KD = nn.Parameter(torch.zeros(config.num_class_tokens, config.dim))
+        self.alpha_L = nn.Parameter(torch.zeros(config.depth))
+        self.blocks = make_blocks(config, config.depth)
+        self.norm = nn.LayerNorm(config.dim, config.norm_eps)
+
+    def forward(
+        self, x_BKD: Tensor, patches_BKP: Tensor, counts: tuple[int, ...], kept_BK: Tensor | None = None
+    ) -> tuple[Tensor, RoutingPlan]:
+        """Encode clips.
+
+        Args:
+            x_BKD: Embedded tokens, without positions.
+            patches_BKP: Their uint8 patches, for routers that look at them.
+            counts: Tokens of each expert under one budget.
+            kept_BK: Places f N + n of the tokens, ascending; None: all are there.
+
+        Returns:
+            A vector per frame (joint: per clip) [B, G, D], and the plan, [S, ...] with a sequence per budget.
+        """
+        config, batch = self.config, len(x_BKD)
+        x_BKD = F.dropout(x_BKD + self._positions(kept_BK), config.dropout, self.training)
+        per_frame = config.budget_per_frame(None if kept_BK is None else kept_BK.shape[1])
+        num_budgets = config.num_indices if per_frame else 1
+        x_SND, patches_SNP = (t.unflatten(1, (num_budgets, -1)).flatten(0, 1) for t in (x_BKD, patches_BKP))
+        plan = expert_preferred_routing(self.router(x_SND, patches_SNP), counts)
+
+        # Sequences are frames where these have a budget and attend alone, else clips.
+        order_SN, num_class_tokens, neighbours = plan.order_BN, config.num_class_tokens, None
+        if config.joint and per_frame:
+            order_SN, counts = merge_frames(plan, (batch, num_budgets), config.num_tokens)
+            x_SND = x_BKD
+        elif not (config.joint or per_frame):
+            num_class_tokens *= config.num_indices
+            neighbours = self._frames(order_SN, kept_BK)
+        weight_SN1 = take(plan.weight_BN.reshape(*x_SND.shape[:2], 1), order_SN)
+        x_SND = take(x_SND, order_SN)
+        # Class tokens join the full expert at the end; they have no r_j, so their gain is 1.
+        classes_KD = self.class_token_KD.repeat(num_class_tokens, 1)[:num_class_tokens]
+        x_SND = torch.cat([x_SND, classes_KD.expand(len(x_SND), -1, -1)], dim=1)
+        weight_SN1 = F.pad(weight_SN1, (0, 0, 0, num_class_tokens))
+        segments = segments_of(counts, config.widths, num_class_tokens)
+        for block, alpha in zip(self.blocks, self.bounded_alphas(), strict=True):
+            x_SND = block(x_SND, segments, (alpha * weight_SN1 + 1).to(x_SND.dtype), neighbours)
+        if num_class_tokens:
+            pooled = x_SND[:, -num_class_tokens:]
+        elif neighbours:
+            pooled = neighbours.split(x_SND).mean(dim=1)
+        else:
+            pooled = x_SND.mean(dim=1)
+        return self.norm(pooled.reshape(batch, 1 if config.joint else config.num_indices, config.dim)), plan
+
+    def _positions(self, kept_BK: Tensor | None) -> Tensor:
+        """Position embeddings of the tokens, [K, D] or [B, K, D]; in a factorised encoder all frames share theirs."""
+        if kept_BK is not None:
+            return self.position_ND[kept_BK % len(self.position_ND)]
+        return self.position_ND if self.config.joint else self.position_ND.repeat(self.config.num_indices, 1)
+
+    def _frames(self, order_BK: Tensor, kept_BK: Tensor | None) -> Neighbours:
+        """Frames that attend within themselves though the rows of a clip are sorted by expert."""
+        config, batch = self.config, len(order_BK)
+        num_indices, num_tokens, num_class_tokens = config.num_indices, config.num_tokens, config.num_class_tokens
+        num_rows = order_BK.shape[1]
+        if kept_BK is None:
+            kept_BK = torch.arange(num_rows, device=order_BK.device).expand(batch, -1)
+        rows_BK = torch.arange(num_rows, device=order_BK.device).expand(batch, -1)
+        row_of_token_BK = torch.zeros_like(order_BK).scatter(1, order_BK, rows_BK)
+        slot_BFM = row_of_token_BK.gather(1, last_kept(kept_BK, num_indices, num_tokens).flatten(1))
+        slot_BFM = slot_BFM.unflatten(1, (num_indices, num_tokens))
+        place_BK = kept_BK.gather(1, order_BK)
+        home_BN = place_BK + place_BK // num_tokens * num_class_tokens
+        if num_class_tokens:
+            index_F = torch.arange(num_indices, device=order_BK.device)
+            slot_BFM = torch.cat([slot_BFM, (num_rows + index_F).expand(batch, -1).unsqueeze(-1)], dim=-1)
+            home_BN = torch.cat([home_BN, (index_F * (num_tokens + 1) + num_tokens).expand(batch, -1)], dim=1)
+        return Neighbours(slot_BFM, home_BN)
+
+    def bounded_alphas(self) -> Tensor:
+        """Alpha of each block, kept in [0, 1), [L].
+
+        The paper gives the start, 0, and the interval, not how it is kept nor whether blocks share one. Here each
+        block has its own, under a clamp whose gradient passes straight through: the start lies on the edge, where a
+        sigmoid cannot start and a plain clamp could die.
+        """
+        return self.alpha_L + (self.alpha_L.clamp(0.0, _LARGEST_ALPHA) - self.alpha_L).detach()
+
+
+class TemporalEncoder(nn.Module):
+    """Dense transformer over the frame vectors, read out at a class token (ViViT section 3.3; MoNE section 4.2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.position_FD = nn.Parameter(torch.zeros(config.num_indices, config.dim))
+        self.class_token_KD = nn.Parameter(torch.zeros(1, config.dim))
+        self.blocks = make_blocks(config, config.temporal_depth)
+        self.norm = nn.LayerNorm(config.dim, config.norm_eps)
+
+    def forward(self, x_BFD: Tensor) -> Tensor:
+        """[B, F, D] -> [B, D]."""
+        x_BFD = torch.cat([x_BFD + self.position_FD, self.class_token_KD.expand(len(x_BFD), -1, -1)], dim=1)
+        everything = (Segment(0, x_BFD.shape[1], x_BFD.shape[2]),)
+        for block in self.blocks:
+            x_BFD = block(x_BFD, everything)
+        return self.norm(x_BFD[:, -1])
+
+
+class FrameAverage(nn.Module):
+    """In place of a temporal encoder: the mean of the vectors, [B, G, D] -> [B, D]."""
+
+    def forward(self, x_BGD: Tensor) -> Tensor:
+        """[B, G, D] -> [B, D]."""
+        return x_BGD.mean(dim=1)
