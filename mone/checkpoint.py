@@ -38,21 +38,39 @@ class Checkpoint:
     weights: bytes
     model_id: str
 
+    def with_config(self, config: ModelConfig) -> "Checkpoint":
+        """The same weights under another config of the same sizes, such as a baseline's; a router it lacks is left out.
+
+        Raises:
+            CheckpointError: Weights that do not belong to the config.
+        """
+        if config == self.config:
+            return self
+        tensors = _tensors(self.weights)
+        if config.router == "random":
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("encoder.router.")}
+        weights = dump_tensors(tensors)
+        return Checkpoint(config=config, labels=self.labels, weights=weights, model_id=_model_id(config, weights))
+
     def build(self, device: torch.device | str = "cpu") -> ViViT:
         """The model in evaluation mode, float32, on a device.
 
         Raises:
             CheckpointError: Weights that do not belong to the config; the first such tensor is named.
         """
-        try:
-            tensors = load_tensors(self.weights)
-        except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch has no name for
-            raise CheckpointError(f"{WEIGHTS_FILE} is not a safetensors file: {error}") from error
+        tensors = _tensors(self.weights)
         with torch.device("meta"):
             model = ViViT(self.config)
         _check_tensors(tensors, model.state_dict())
         model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         return model.eval().to(device)
+
+
+def _tensors(weights: bytes) -> dict[str, torch.Tensor]:
+    try:
+        return load_tensors(weights)
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch has no name for
+        raise CheckpointError(f"{WEIGHTS_FILE} is not a safetensors file: {error}") from error
 
 
 def _check_tensors(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
