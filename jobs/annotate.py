@@ -13,7 +13,7 @@ from typing import Any
 
 from jobs.cli import JobFailed, UserError, checking_input, run
 from jobs.cluster import connected
-from jobs.inputs import BUNDLED_MODEL, Archive, ClipOptions, load_model, make_output
+from jobs.inputs import BUNDLED_MODEL, Archive, TokenArguments, load_model, make_output
 from jobs.progress import clips_progress
 from jobs.run_record import read_run, timestamp, totals_record, versions, write_run
 from mone.capacity import check_capacity
@@ -25,7 +25,7 @@ from pipelines.ledger import Totals, count_rows, totals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Annotate(ClipOptions):
+class Annotate(TokenArguments):
     """Label every clip of an archive: one row per clip in DIR/annotations, whatever happened to it.
 
     Plans first where DIR has no manifest. Stopped or killed at any moment, the same command continues; finished, it
@@ -97,6 +97,7 @@ def check(config: Annotate) -> tuple[Checkpoint, Settings]:
         raise UserError(f"--max-failed-share must be between 0 and 1, got {config.max_failed_share:g}")
     return checkpoint, Settings(
         capacity=config.capacity,
+        tokens=config.tokens,
         top_k=config.top_k,
         batch_size=config.batch_size,
         num_model_workers=config.num_model_workers,
@@ -116,6 +117,7 @@ def _open_record(output: Path, config: Annotate, checkpoint: Checkpoint) -> dict
         "capacity": config.capacity,
         "top_k": config.top_k,
         "clips": [config.span, config.stride, config.clips_per_video],
+        "tokens": [config.views, config.drop_static],
     }
     for name, value in identity.items():
         if record and record["identity"].get(name) != value:
@@ -141,6 +143,8 @@ def summary(result: Totals, output: Path) -> str:
         f"compute   {result.flops:.3g} of {result.dense_flops:.3g} floating-point operations: "
         f"{result.saved_share:.1%} saved",
     ]
+    if result.dropped_share:
+        lines.append(f"          {result.dropped_share:.1%} by static patches, {result.routed_share:.1%} by routing")
     if result.labelled:
         lines.append(f"accuracy  {result.right / result.labelled:.1%} of {result.labelled:,} clips with a known label")
     lines += [f"failed    {count:,} {status}: {error}" for (status, error), count in result.failures.most_common(8)]

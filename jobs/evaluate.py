@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +16,16 @@ from tqdm import tqdm
 
 from jobs.cli import UserError, checking_input, run
 from jobs.cluster import connected
-from jobs.inputs import BUNDLED_MODEL, ClipOptions, load_model
+from jobs.inputs import BUNDLED_MODEL, TokenArguments, load_model
+from mone.baselines import capacities_of, with_method
 from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint
-from mone.compute import clip_compute
 from pipelines.archive import Video, list_labelled
 from pipelines.evaluate import ScoredClip, score_videos
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluate(ClipOptions):
+class Evaluate(TokenArguments):
     """Measure top-1 accuracy per video, averaging the probabilities of its clips, at each capacity.
 
     A video that cannot be decoded counts as wrong and is named. The last line of output is one JSON object.
@@ -38,7 +38,10 @@ class Evaluate(ClipOptions):
     split: str = ""
     """Only rows of this split; "" takes all."""
     capacity: tuple[float, ...] = (0.2, 0.4, 1.0)
-    """Effective capacities to measure."""
+    """Effective capacities to measure; a method with one capacity of its own is measured at that."""
+    method: str = "mone"
+    """The model as it is, or a baseline on its weights (mone/baselines.py): dense, random_router, uniform,
+    proportionate, submodel, token_drop, tome."""
     address: str = ""
     """Ray cluster; default RAY_ADDRESS, else Ray starts here."""
 
@@ -46,18 +49,22 @@ class Evaluate(ClipOptions):
 def evaluate(config: Evaluate) -> None:
     """Run the job."""
     checkpoint = load_model(config.model)
-    plan = config.plan(checkpoint.config.span_s)
+    plan, options = config.plan(checkpoint.config.span_s), config.tokens
     with checking_input():
         if not config.capacity:
             raise UserError("give at least one --capacity")
         for capacity in config.capacity:
             check_capacity(capacity, checkpoint.config.num_experts)
+        capacities = capacities_of(config.method, checkpoint.config, config.capacity)
+        checkpoint = checkpoint.with_config(with_method(checkpoint.config, config.method))
+        if config.drop_static is not None and checkpoint.config.reduces_tokens:
+            raise UserError(f"--drop-static cannot be combined with --method {config.method}")
         videos = _select(config, checkpoint)
     with connected(config.address):
         scored = list(
-            tqdm(score_videos(videos, plan, checkpoint, config.capacity), "evaluate", unit="clip", mininterval=1)
+            tqdm(score_videos(videos, plan, checkpoint, capacities, options), "evaluate", unit="clip", mininterval=1)
         )
-    result = _result(scored, config, checkpoint)
+    result = _result(scored, capacities, config, checkpoint)
     print(_table(result))
     print(json.dumps(result))
 
@@ -74,7 +81,9 @@ def _select(config: Evaluate, checkpoint: Checkpoint) -> list[Video]:
     return videos
 
 
-def _result(scored: list[ScoredClip], config: Evaluate, checkpoint: Checkpoint) -> dict[str, Any]:
+def _result(
+    scored: list[ScoredClip], capacities: tuple[float, ...], config: Evaluate, checkpoint: Checkpoint
+) -> dict[str, Any]:
     """Top-1 per capacity with its 95 % interval, and operations per clip."""
     clips_of: defaultdict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
     failures: dict[str, str] = {}
@@ -85,13 +94,12 @@ def _result(scored: list[ScoredClip], config: Evaluate, checkpoint: Checkpoint) 
         else:
             clips_of[clip.video, clip.label].append(clip.probabilities_KC)
     rows = []
-    for index, capacity in enumerate(config.capacity):
+    for index, capacity in enumerate(capacities):
         right = sum(
             checkpoint.labels[int(np.mean([scores[index] for scores in clips], axis=0).argmax())] == label
             for (_, label), clips in clips_of.items()
             if clips
         )
-        compute = clip_compute(checkpoint.config, capacity)
         low, high = wilson_interval(right, len(clips_of))
         rows.append(
             {
@@ -99,19 +107,28 @@ def _result(scored: list[ScoredClip], config: Evaluate, checkpoint: Checkpoint) 
                 "top1": right / len(clips_of),
                 "low": low,
                 "high": high,
-                "flops_per_clip": compute.flops,
-                "dense_flops_per_clip": compute.dense_flops,
+                "flops_per_clip": _mean(clip.flops_K[index] for clip in scored if not clip.error),
+                "dense_flops_per_clip": _mean(clip.dense_flops for clip in scored if not clip.error),
             }
         )
     return {
         "model_id": checkpoint.model_id,
         "data": config.data,
         "split": config.split,
+        "method": config.method,
+        "drop_static": config.drop_static,
+        "views": config.views,
         "videos": len(clips_of),
         "clips": len(scored),
         "failures": failures,
         "results": rows,
     }
+
+
+def _mean(values: Iterable[int]) -> float:
+    """The mean, or 0 of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
 
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:
@@ -123,14 +140,16 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
 
 
 def _table(result: dict[str, Any]) -> str:
-    lines = [f"{result['videos']:,} videos, {result['clips']:,} clips, {len(result['failures'])} failed"]
+    lines = [
+        f"{result['method']}: {result['videos']:,} videos, {result['clips']:,} clips, {len(result['failures'])} failed"
+    ]
     lines += [f"  {name}: {error}" for name, error in list(result["failures"].items())[:5]]
     lines.append(f"{'capacity':>8}  {'top-1':>6}  {'95 % interval':>15}  {'GFLOP/clip':>10}  {'of dense':>8}")
     for row in result["results"]:
         interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
-        share = row["flops_per_clip"] / row["dense_flops_per_clip"]
+        share = row["flops_per_clip"] / (row["dense_flops_per_clip"] or 1)
         lines.append(
-            f"{row['capacity']:>8g}  {100 * row['top1']:>5.1f}%  {interval:>15}  {row['flops_per_clip'] / 1e9:>10.3f}"
+            f"{row['capacity']:>8.3g}  {100 * row['top1']:>5.1f}%  {interval:>15}  {row['flops_per_clip'] / 1e9:>10.3f}"
             f"  {share:>7.1%}"
         )
     return "\n".join(lines)

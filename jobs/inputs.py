@@ -10,6 +10,7 @@ import tyro
 from jobs.cli import UserError, checking_input
 from mone.checkpoint import Checkpoint, read_checkpoint
 from pipelines.timeline import ClipPlan
+from pipelines.tokenize import TokenOptions
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 BUNDLED_MODEL = BUNDLED / "motions_model"
@@ -39,6 +40,26 @@ class ClipOptions:
             return ClipPlan(
                 span_s=self.span or default_span_s, stride_s=self.stride, clips_per_video=self.clips_per_video
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenArguments(ClipOptions):
+    """How videos are cut into clips, and clips into tokens."""
+
+    drop_static: float | None = None
+    """Drop patches that changed by at most so many grey levels of 255 since the last one kept in their place."""
+    views: int = 1
+    """Crops along the longer side of the video, whose probabilities are averaged; 3 is usual in papers."""
+
+    @property
+    def tokens(self) -> TokenOptions:
+        """The checked options.
+
+        Raises:
+            UserError: Out of range, or both at once.
+        """
+        with checking_input():
+            return TokenOptions(views=self.views, drop_static=self.drop_static)
 
 
 def load_model(folder: str) -> Checkpoint:

@@ -56,6 +56,7 @@ def totals_record(totals: Totals) -> dict[str, Any]:
         "clips": totals.clips,
         "hours": totals.hours,
         "flops": totals.flops,
+        "kept_flops": totals.kept_flops,
         "dense_flops": totals.dense_flops,
         "statuses": totals.statuses,
         "labels": totals.labels,
@@ -65,7 +66,8 @@ def totals_record(totals: Totals) -> dict[str, Any]:
             for status in sorted({status for status, _ in totals.failures})
         },
     }
-    record["saved_share"] = round(totals.saved_share, 6)
+    for name in ("saved_share", "dropped_share", "routed_share"):
+        record[name] = round(getattr(totals, name), 6)
     record["device_s"] = {"decode": round(totals.decode_s, 3), "model": round(totals.model_s, 3)}
     if totals.labelled:
         record["accuracy"] = {"labelled": totals.labelled, "right": totals.right}

@@ -15,6 +15,7 @@ import torch
 from jobs.cli import JobFailed, UserError, checking_input, run
 from jobs.inputs import make_output
 from jobs.recipes import RECIPES, Recipe
+from mone.baselines import METHODS, capacities_of, with_method
 from mone.checkpoint import save_checkpoint
 from mone.model import ViViT
 from mone.training import DivergedError, EpochReport, MemoryClips, Trainer, accuracy
@@ -36,6 +37,9 @@ class Train:
     """DIR for the model, the state to continue from, and metrics.jsonl."""
     recipe: str = "motions"
     """One of the functions in jobs/recipes.py."""
+    method: str = "mone"
+    """"mone", or the baseline to train in its place (mone/baselines.py): dense, random_router, uniform, proportionate,
+    submodel, token_drop, tome."""
     num_clips: int = 0
     """Clips to render for "motions"; 0 takes the recipe's number."""
     clips_per_video: int = 1
@@ -57,7 +61,7 @@ def train(config: Train) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(config, name)}")
     with checking_input():
         load_clips, labels = _data(config)
-    recipe = _adapt(RECIPES[config.recipe](), config, len(labels))
+        recipe = _adapt(RECIPES[config.recipe](), config, len(labels))
     device = _device(config.device)
     output = make_output(config.output)
     _check_same_run(output, config, recipe)
@@ -71,8 +75,9 @@ def train(config: Train) -> None:
         clips, held_out = (part.to(device) for part in load_clips(recipe))
         if not len(clips):
             raise UserError(f"no clip of {config.data} can be read")
-        _train_epochs(trainer, clips, held_out, output)
-    save_checkpoint(trainer.averaged, labels, output / MODEL_DIR, dtype=torch.bfloat16)
+        _train_epochs(trainer, clips, held_out, output, capacities_of(config.method, recipe.model, _SHOWN_CAPACITIES))
+    notes = _notes(config, recipe, output)
+    save_checkpoint(trainer.averaged, labels, output / MODEL_DIR, dtype=torch.bfloat16, notes=notes)
     print(output / MODEL_DIR)
 
 
@@ -87,13 +92,15 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _train_epochs(trainer: Trainer, clips: MemoryClips, held_out: MemoryClips, output: Path) -> None:
+def _train_epochs(
+    trainer: Trainer, clips: MemoryClips, held_out: MemoryClips, output: Path, capacities: tuple[float, ...]
+) -> None:
     try:
         for report in trainer.run(clips):
             trainer.save(output / STATE_FILE)
             scores = {}
             if len(held_out):
-                scores = {capacity: accuracy(trainer.averaged, held_out, capacity) for capacity in _SHOWN_CAPACITIES}
+                scores = {capacity: accuracy(trainer.averaged, held_out, capacity) for capacity in capacities}
             with (output / METRICS_FILE).open("a") as metrics:
                 metrics.write(json.dumps(report._asdict() | {"val_top1": scores}) + "\n")
             print(_line(report, scores), file=sys.stderr)
@@ -107,6 +114,19 @@ def _line(report: EpochReport, scores: dict[float, float]) -> str:
         f"epoch {report.epoch:>3}/{report.epochs} {report.stage:<9} loss {report.loss:.4f}  train {report.accuracy:.1%}"
         f"  {shown}  alpha {report.alpha:.3f}  {report.clips_per_s:,.0f} clips/s"
     )
+
+
+def _notes(config: Train, recipe: Recipe, output: Path) -> str:
+    """For the model card: what was run, and the last epoch's figures."""
+    command = f"python -m jobs.train --recipe {config.recipe} --method {config.method} --data {config.data}"
+    stages = ", then ".join(f"{stage.epochs} epochs of {stage.name} ({stage.routing})" for stage in recipe.train.stages)
+    notes = f"`{command}`, seed {config.seed}: {stages}."
+    if not (output / METRICS_FILE).exists():
+        return notes
+    last = json.loads((output / METRICS_FILE).read_text().splitlines()[-1])
+    scores = [f"{score:.1%} at capacity {float(capacity):.3g}" for capacity, score in last["val_top1"].items()]
+    top1 = f"top-1 on the val split {', '.join(scores)}" if scores else "no val split"
+    return f"{notes} Training loss {last['loss']:.3f}; {top1}."
 
 
 LoadClips = Callable[[Recipe], tuple[MemoryClips, MemoryClips]]
@@ -149,12 +169,19 @@ def _labelled(config: Train) -> tuple[LoadClips, tuple[str, ...]]:
 
 
 def _adapt(recipe: Recipe, config: Train, num_classes: int) -> Recipe:
-    """The recipe with what the command line changes."""
-    stages = recipe.train.stages
+    """The recipe with what the command line changes.
+
+    Raises:
+        ValueError: An unknown method.
+    """
+    model = with_method(dataclasses.replace(recipe.model, num_classes=num_classes), config.method)
+    stages, routing = recipe.train.stages, METHODS[config.method].routing
+    if routing:
+        stages = tuple(dataclasses.replace(stage, routing=routing) for stage in stages)
     if config.epochs:
         stages = tuple(dataclasses.replace(stage, epochs=config.epochs) for stage in stages)
     return Recipe(
-        model=dataclasses.replace(recipe.model, num_classes=num_classes),
+        model=model,
         train=dataclasses.replace(recipe.train, stages=stages, seed=config.seed),
         num_clips=config.num_clips or recipe.num_clips,
     )

@@ -1,6 +1,7 @@
 """The transformer block of nested experts: attention, MLP, and the residual branches around them.
 
-Shapes: S sequences, N tokens, D model features, F temporal indices, M slots of a frame.
+Shapes: S sequences, N tokens, D model features, F temporal indices, M slots of a frame; B clips, of which K patches were
+kept.
 """
 
 from typing import NamedTuple
@@ -33,6 +34,21 @@ class Neighbours(NamedTuple):
     def join(self, x_GMX: Tensor) -> Tensor:
         """Frames [S F, M, X] to rows [S, N, X]."""
         return take(x_GMX.reshape(len(self.home_SN), -1, x_GMX.shape[-1]), self.home_SN)
+
+
+def last_kept(kept_BK: Tensor, num_indices: int, num_tokens: int) -> Tensor:
+    """Which of the kept patches stands for each place, int64 [B, F, N] in [0, K): the last one up to that frame.
+
+    Args:
+        kept_BK: Ascending places f N + n; all places of the first frame are among them.
+        num_indices: F.
+        num_tokens: N.
+    """
+    batch, num_kept = kept_BK.shape
+    index_K = torch.arange(num_kept, device=kept_BK.device)
+    index_BFN = kept_BK.new_full((batch, num_indices * num_tokens), -1).scatter(1, kept_BK, index_K.expand_as(kept_BK))
+    # Places ascend, so of one token's indices the latest is the largest.
+    return index_BFN.unflatten(1, (num_indices, num_tokens)).cummax(dim=1).values
 
 
 def take(x_SNX: Tensor, index_SK: Tensor) -> Tensor:

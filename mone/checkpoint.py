@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
+from mone.card import CARD_FILE, model_card
 from mone.config import ModelConfig
 from mone.model import ViViT
 
@@ -129,15 +130,16 @@ def _model_id(config: ModelConfig, weights: bytes) -> str:
 
 
 def save_checkpoint(
-    model: ViViT, labels: Sequence[str], folder: Path | str, *, dtype: torch.dtype = torch.float32
+    model: ViViT, labels: Sequence[str], folder: Path | str, *, dtype: torch.dtype = torch.float32, notes: str = ""
 ) -> Path:
-    """Write a model folder; each file appears whole or not at all.
+    """Write a model folder with its card; each file appears whole or not at all.
 
     Args:
         model: Its weights and config are written.
         labels: Name of each class.
         folder: Made where it does not exist.
         dtype: Storage type of the weights; they are used as float32 again.
+        notes: For the card: where the model comes from and how good it is, as Markdown.
 
     Raises:
         ValueError: Another number of labels than classes.
@@ -148,6 +150,8 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     _write(folder / WEIGHTS_FILE, dump_tensors(tensors))
+    num_parameters = sum(tensor.numel() for tensor in tensors.values())
+    _write(folder / CARD_FILE, model_card(model.config, labels, notes, num_parameters).encode())
     _write(folder / LABELS_FILE, json.dumps(list(labels), indent=1).encode())
     _write(folder / CONFIG_FILE, json.dumps(dataclasses.asdict(model.config), indent=1).encode())
     return folder

@@ -28,6 +28,15 @@ class Compute:
     dense_flops: int
     tokens_per_expert: tuple[int, ...]
 
+    def times(self, views: int) -> "Compute":
+        """The record of several views of a clip together."""
+        return Compute(
+            flops=views * self.flops,
+            kept_flops=views * self.kept_flops,
+            dense_flops=views * self.dense_flops,
+            tokens_per_expert=tuple(views * tokens for tokens in self.tokens_per_expert),
+        )
+
 
 def clip_compute(config: ModelConfig, capacity: float, num_kept: int | None = None) -> Compute:
     """The record of a clip run at an effective capacity; counts are static, so it holds for every clip of its size.

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mone.blocks import Neighbours, make_blocks, take
+from mone.blocks import Neighbours, last_kept, make_blocks, take
 from mone.config import ModelConfig
 from mone.nested import Segment, segments_of
 from mone.routing import RoutingPlan, expert_preferred_routing, make_router, merge_frames
-from mone.static import last_kept
 
 _LARGEST_ALPHA = 1.0 - 1e-6
 

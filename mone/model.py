@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mone.blocks import last_kept
 from mone.config import ModelConfig
 from mone.encoder import FrameAverage, NestedEncoder, TemporalEncoder
 from mone.merging import MergingEncoder
 from mone.routing import RoutingPlan
-from mone.static import last_kept
 
 
 class Prediction(NamedTuple):

@@ -4,12 +4,10 @@ A patch that shows what its place showed before is dropped; the last one that wa
 encoder it keeps answering attention in the later frames (its key and value would be the same there, but for what its
 neighbours changed), so dropping is nearly free of error. A joint encoder sees fewer tokens, as in RLT.
 
-Shapes: B clips, F temporal indices, N tokens per index, P values per patch, K patches kept.
+Shapes: F temporal indices, N tokens per index, P values per patch, K patches kept. NumPy only, as decoding workers are.
 """
 
 import numpy as np
-import torch
-from torch import Tensor
 
 # Numbers of kept patches that a clip can have: 1/32, 2/32, ... of all. Clips of one size run together with static
 # shapes and no padding; rounding up costs 1/64 of the patches on average.
@@ -37,18 +35,3 @@ def kept_patches(patches_FNP: np.ndarray, threshold: float) -> np.ndarray:
     level = -(-change_FN.size // LEVELS)
     num_kept = min(change_FN.size, -(-int((change_FN > threshold).sum()) // level) * level)
     return np.sort(np.argsort(-change_FN, axis=None, kind="stable")[:num_kept])
-
-
-def last_kept(kept_BK: Tensor, num_indices: int, num_tokens: int) -> Tensor:
-    """Which of the kept patches stands for each place, int64 [B, F, N] in [0, K): the last one up to that frame.
-
-    Args:
-        kept_BK: Ascending places f N + n; all places of the first frame are among them.
-        num_indices: F.
-        num_tokens: N.
-    """
-    batch, num_kept = kept_BK.shape
-    index_K = torch.arange(num_kept, device=kept_BK.device)
-    index_BFN = kept_BK.new_full((batch, num_indices * num_tokens), -1).scatter(1, kept_BK, index_K.expand_as(kept_BK))
-    # Places ascend, so of one token's indices the latest is the largest.
-    return index_BFN.unflatten(1, (num_indices, num_tokens)).cummax(dim=1).values

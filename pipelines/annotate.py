@@ -20,7 +20,7 @@ from pipelines.manifest import plan_video
 from pipelines.predict import Annotator
 from pipelines.schema import MANIFEST
 from pipelines.timeline import ClipPlan
-from pipelines.tokenize import tokenize_table
+from pipelines.tokenize import WHOLE_CLIPS, TokenOptions, tokenize_table
 
 MANIFEST_DIR = "manifest"
 
@@ -44,12 +44,14 @@ class Settings:
 
     Attributes:
         capacity: Effective capacity e_c.
+        tokens: Views, and whether static patches are dropped.
         top_k: Labels kept per clip.
         batch_size: Clips of a forward pass; 0 picks by device.
         num_model_workers: Model processes; 0 means one per GPU, or one per two CPUs where there is no GPU.
     """
 
     capacity: float
+    tokens: TokenOptions = WHOLE_CLIPS
     top_k: int = 5
     batch_size: int = 0
     num_model_workers: int = 0
@@ -74,7 +76,7 @@ def write_annotations(output: Path, checkpoint: Checkpoint, settings: Settings) 
         return
     remaining = ray.data.read_parquet(str(output / REMAINING_DIR), schema=MANIFEST)
     annotated = model_stage(
-        tokenize_stage(remaining, checkpoint.config),
+        tokenize_stage(remaining, checkpoint.config, settings.tokens),
         Annotator,
         (checkpoint, settings.capacity, settings.top_k),
         batch_size=settings.batch_size,
@@ -102,10 +104,10 @@ def _plan_table(videos: pa.Table, plan: ClipPlan) -> pa.Table:
     return pa.table(columns, schema=MANIFEST)
 
 
-def tokenize_stage(manifest: Dataset, config: ModelConfig) -> Dataset:
+def tokenize_stage(manifest: Dataset, config: ModelConfig, options: TokenOptions) -> Dataset:
     """MANIFEST rows -> DECODED rows, on CPUs."""
     return manifest.repartition(target_num_rows_per_block=_CLIPS_PER_TASK).map_batches(
-        functools.partial(tokenize_table, config=config),
+        functools.partial(tokenize_table, config=config, options=options),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,  # both decoders run on one thread

@@ -12,7 +12,7 @@ from pipelines.archive import Video
 from pipelines.predict import Annotator
 from pipelines.schema import Status
 from pipelines.timeline import ClipPlan
-from pipelines.tokenize import patches_of
+from pipelines.tokenize import WHOLE_CLIPS, TokenOptions, tokens_of
 
 _SCORED = pa.schema(
     [
@@ -21,6 +21,8 @@ _SCORED = pa.schema(
         ("status", pa.string()),
         ("error", pa.string()),
         ("probabilities", pa.list_(pa.float32())),  # [K, C] flat; empty unless ok
+        ("flops", pa.list_(pa.int64())),  # [K]; empty unless ok
+        ("dense_flops", pa.int64()),
     ]
 )
 
@@ -33,12 +35,16 @@ class ScoredClip(NamedTuple):
         label: Its class.
         error: Why it has no scores; "" where it has.
         probabilities_KC: float32 [K, C], a row per capacity, where it has.
+        flops_K: Floating-point operations at each capacity, where it has.
+        dense_flops: At full width, on all patches.
     """
 
     video: str
     label: str
     error: str
     probabilities_KC: np.ndarray
+    flops_K: tuple[int, ...]
+    dense_flops: int
 
 
 class Scorer:
@@ -51,25 +57,38 @@ class Scorer:
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Score a batch."""
-        patches = patches_of(decoded, self.config)
-        scores = (
-            iter(np.stack([self.annotator.probabilities(patches, c) for c in self.capacities], 1))
-            if len(patches)
-            else iter(())
-        )
-        rows = decoded.select(["video", "label", "status", "error"]).to_pylist()
+        annotator, rows = self.annotator, decoded.select(["video", "label", "status", "error"]).to_pylist()
         for row in rows:
-            row["probabilities"] = next(scores).ravel() if row["status"] == Status.OK else []
+            row |= {"probabilities": [], "flops": [], "dense_flops": 0}
+        for tokens in tokens_of(decoded, self.config):
+            scores_BKC = np.stack([annotator.probabilities(tokens, capacity) for capacity in self.capacities], axis=1)
+            costs = [annotator.compute(tokens, capacity) for capacity in self.capacities]
+            for row, scores_KC in zip(tokens.rows, scores_BKC, strict=True):
+                rows[row]["probabilities"] = scores_KC.ravel()
+                rows[row]["flops"] = [cost.flops for cost in costs]
+                rows[row]["dense_flops"] = costs[0].dense_flops
         return pa.Table.from_pylist(rows, schema=_SCORED)
 
 
 def score_videos(
-    videos: Iterable[Video], plan: ClipPlan, checkpoint: Checkpoint, capacities: tuple[float, ...]
+    videos: Iterable[Video],
+    plan: ClipPlan,
+    checkpoint: Checkpoint,
+    capacities: tuple[float, ...],
+    options: TokenOptions = WHOLE_CLIPS,
 ) -> Iterator[ScoredClip]:
     """Every clip of labelled videos with its class probabilities at each capacity, in no particular order."""
-    scored = model_stage(tokenize_stage(plan_stage(videos, plan), checkpoint.config), Scorer, (checkpoint, capacities))
+    decoded = tokenize_stage(plan_stage(videos, plan), checkpoint.config, options)
+    scored = model_stage(decoded, Scorer, (checkpoint, capacities))
     for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in pa.table(batch).to_pylist():
             probabilities = np.array(row["probabilities"], dtype=np.float32)
             error = "" if row["status"] == Status.OK else f"{row['status']}: {row['error']}"
-            yield ScoredClip(row["video"], row["label"], error, probabilities.reshape(len(capacities), -1))
+            yield ScoredClip(
+                row["video"],
+                row["label"],
+                error,
+                probabilities.reshape(len(capacities), -1),
+                tuple(row["flops"]),
+                row["dense_flops"],
+            )

@@ -113,6 +113,7 @@ class Totals:
         clips: Rows.
         hours: Of the clips that are ok.
         flops, dense_flops: Floating-point operations used, and what full width would have used.
+        kept_flops: What full width would have used on the patches that were not dropped as static.
         decode_s, model_s: Time spent by workers.
         statuses, labels, decoders: Rows by each.
         failures: Failed rows by (status, error).
@@ -122,6 +123,7 @@ class Totals:
     clips: int = 0
     hours: float = 0.0
     flops: int = 0
+    kept_flops: int = 0
     dense_flops: int = 0
     decode_s: float = 0.0
     model_s: float = 0.0
@@ -139,13 +141,23 @@ class Totals:
 
     @property
     def saved_share(self) -> float:
-        """Share of the full-width operations that routing saved."""
+        """Share of the full-width operations that was saved, in all."""
         return 1 - self.flops / self.dense_flops if self.dense_flops else 0.0
+
+    @property
+    def dropped_share(self) -> float:
+        """Share that was saved by dropping static patches."""
+        return 1 - self.kept_flops / self.dense_flops if self.dense_flops else 0.0
+
+    @property
+    def routed_share(self) -> float:
+        """Share that was saved by routing what was kept."""
+        return self.saved_share - self.dropped_share
 
 
 _TOTALLED = [
     *("status", "error", "label", "true_label", "decoder", "start_s", "end_s"),
-    *("flops", "dense_flops", "decode_ms", "model_ms"),
+    *("flops", "kept_flops", "dense_flops", "decode_ms", "model_ms"),
 ]
 
 
@@ -165,6 +177,7 @@ def totals(annotations: Path, known_labels: frozenset[str]) -> Totals:
         ok = table.filter(pc.field("status") == Status.OK.value)
         result.hours += (_sum(ok["end_s"]) - _sum(ok["start_s"])) / 3600
         result.flops += sum(filter(None, table["flops"].to_pylist()))  # beyond what a float64 holds exactly
+        result.kept_flops += sum(filter(None, table["kept_flops"].to_pylist()))
         result.dense_flops += sum(filter(None, table["dense_flops"].to_pylist()))
         result.decode_s += _sum(table["decode_ms"]) / 1e3
         result.model_s += _sum(table["model_ms"]) / 1e3

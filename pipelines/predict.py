@@ -7,17 +7,19 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint
-from mone.compute import clip_compute
+from mone.compute import Compute, clip_compute
 from pipelines.schema import ANNOTATIONS, Status
-from pipelines.tokenize import patches_of
+from pipelines.tokenize import Tokens, tokens_of
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """Probabilities float32 [C] of one clip, or why there are none."""
+    """Probabilities float32 [C] of one clip, or why there are none; and what a clip of its size costs."""
 
     probabilities_C: np.ndarray | None
+    compute: Compute
     error: str = ""
 
 
@@ -28,48 +30,57 @@ class Annotator:
         """Load the model on the GPU that this process was given, else on the CPU."""
         self.checkpoint, self.capacity = checkpoint, capacity
         self.top_k = min(top_k, checkpoint.config.num_classes)
-        self.compute = clip_compute(checkpoint.config, capacity)
+        check_capacity(capacity, checkpoint.config.num_experts)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = checkpoint.build(self.device)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Annotate a batch. Nothing raises: a clip that the model cannot take is a row with `model_error`."""
-        started_s = time.perf_counter()
-        answers = iter(self._answer(patches_of(decoded, self.checkpoint.config)))
-        model_ms = (time.perf_counter() - started_s) * 1e3 / max(1, len(decoded) - decoded["patches"].null_count)
-        rows = []
-        for row in decoded.drop_columns(["patches"]).to_pylist():
-            has_patches = row["status"] == Status.OK
-            rows.append(self._row(row, next(answers) if has_patches else None, model_ms if has_patches else 0.0))
-        return pa.Table.from_pylist(rows, schema=ANNOTATIONS)
+        started_s, answers = time.perf_counter(), {}
+        for tokens in tokens_of(decoded, self.checkpoint.config):
+            answers |= dict(zip(tokens.rows, self._answer(tokens), strict=True))
+        model_ms = (time.perf_counter() - started_s) * 1e3 / max(1, len(answers))
+        rows = decoded.drop_columns(["patches", "kept"]).to_pylist()
+        annotated = [
+            self._row(row, answers.get(number), model_ms if number in answers else 0.0)
+            for number, row in enumerate(rows)
+        ]
+        return pa.Table.from_pylist(annotated, schema=ANNOTATIONS)
 
-    def _answer(self, patches_BFNP: np.ndarray) -> list[_Answer]:
+    def _answer(self, tokens: Tokens) -> list[_Answer]:
         """Run the batch; if that fails, each clip alone, so that one cannot take its neighbours with it."""
-        if not len(patches_BFNP):
-            return []
+        compute = self.compute(tokens, self.capacity)
         try:
-            probabilities_BC = self.probabilities(patches_BFNP, self.capacity)
+            probabilities_BC = self.probabilities(tokens, self.capacity)
         except Exception as error:  # out of memory, a kernel's failure
-            if len(patches_BFNP) == 1:
-                return [_Answer(None, f"{type(error).__name__}: {error}")]
-            return [answer for patches in patches_BFNP for answer in self._answer(patches[None])]
+            if len(tokens.rows) == 1:
+                return [_Answer(None, compute, f"{type(error).__name__}: {error}")]
+            return [answer for clip in _one_by_one(tokens) for answer in self._answer(clip)]
         return [
-            _Answer(row) if np.isfinite(row).all() else _Answer(None, "the model's output is not finite")
+            _Answer(row, compute)
+            if np.isfinite(row).all()
+            else _Answer(None, compute, "the model's output is not finite")
             for row in probabilities_BC
         ]
 
+    def compute(self, tokens: Tokens, capacity: float) -> Compute:
+        """What each of these clips costs, all views together."""
+        num_kept = None if tokens.kept_BK is None else tokens.kept_BK.shape[1]
+        return clip_compute(self.checkpoint.config, capacity, num_kept).times(tokens.patches.shape[1])
+
     @torch.inference_mode()
-    def probabilities(self, patches_BFNP: np.ndarray, capacity: float) -> np.ndarray:
-        """Class probabilities float32 [B, C] at an effective capacity."""
-        patches = torch.from_numpy(patches_BFNP).to(self.device)
+    def probabilities(self, tokens: Tokens, capacity: float) -> np.ndarray:
+        """Class probabilities float32 [B, C] at an effective capacity, averaged over views."""
+        patches = torch.from_numpy(tokens.patches).to(self.device)
+        kept_BK = None if tokens.kept_BK is None else torch.from_numpy(tokens.kept_BK).to(self.device)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            logits_BC = self.model(patches, capacity).logits_BC
-        return logits_BC.float().softmax(-1).cpu().numpy()
+            logits = self.model(patches.flatten(0, 1), capacity, kept_BK=kept_BK).logits_BC
+        return logits.float().softmax(-1).unflatten(0, patches.shape[:2]).mean(dim=1).cpu().numpy()
 
     def _row(self, row: dict, answer: _Answer | None, model_ms: float) -> dict:
         known = {name: row[name] for name in ANNOTATIONS.names if name in row}
         known |= {"label": None, "true_label": row["label"], "model_id": self.checkpoint.model_id}
-        nothing = {"labels": [], "scores": [], "tokens_per_expert": [], "flops": 0, "dense_flops": 0}
+        nothing = {"labels": [], "scores": [], "tokens_per_expert": [], "flops": 0, "kept_flops": 0, "dense_flops": 0}
         if answer is None:
             return known | nothing | {"model_ms": 0.0}
         if answer.probabilities_C is None:
@@ -84,8 +95,17 @@ class Annotator:
             "labels": labels,
             "scores": scores,
             "capacity": self.capacity,
-            "tokens_per_expert": list(self.compute.tokens_per_expert),
-            "flops": self.compute.flops,
-            "dense_flops": self.compute.dense_flops,
+            "tokens_per_expert": list(answer.compute.tokens_per_expert),
+            "flops": answer.compute.flops,
+            "kept_flops": answer.compute.kept_flops,
+            "dense_flops": answer.compute.dense_flops,
             "model_ms": model_ms,
         }
+
+
+def _one_by_one(tokens: Tokens) -> list[Tokens]:
+    def one(index: int) -> Tokens:
+        kept_BK = None if tokens.kept_BK is None else tokens.kept_BK[index : index + 1]
+        return Tokens(tokens.rows[index : index + 1], tokens.patches[index : index + 1], kept_BK)
+
+    return [one(index) for index in range(len(tokens.rows))]

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mone.checkpoint import Checkpoint
 from mone.model import ViViT
+from mone.static import kept_patches
 from mone.tubelets import to_patches
 from pipelines.decode import Clip, View, decode_clips
 from pipelines.manifest import source_of
@@ -29,28 +30,40 @@ def expert_colours(num_experts: int) -> np.ndarray:
     return np.stack([np.interp(place, range(len(_RAMP)), _RAMP[:, c]) for c in range(3)], axis=1).astype(np.uint8)
 
 
-def expert_maps(model: ViViT, frames_THWC: np.ndarray, capacity: float) -> np.ndarray:
-    """The expert of each patch, int64 [F, rows, columns], 0 the smallest.
+def expert_maps(model: ViViT, frames_THWC: np.ndarray, capacity: float, drop_static: float | None = None) -> np.ndarray:
+    """The expert of each patch, int64 [F, rows, columns], 0 the smallest; -1 where it was dropped.
 
     Args:
         model: In evaluation mode.
         frames_THWC: uint8 frames of the model's size.
         capacity: Effective capacity e_c.
+        drop_static: As in `tokenize.TokenOptions`.
     """
     patches = torch.from_numpy(np.ascontiguousarray(to_patches(frames_THWC, model.config)))
     with torch.inference_mode():
-        expert_K = model(patches.unsqueeze(0), capacity).plan.expert_BN[0]
+        if drop_static is None:
+            expert_K = model(patches.unsqueeze(0), capacity).plan.expert_BN.flatten()
+        else:
+            kept_K = torch.from_numpy(kept_patches(patches.numpy(), drop_static))
+            kept_expert = model(patches.flatten(0, 1)[kept_K][None], capacity, kept_BK=kept_K[None]).plan.expert_BN[0]
+            expert_K = kept_expert.new_full((patches.shape[0] * patches.shape[1],), -1).scatter(0, kept_K, kept_expert)
     return expert_K.reshape(-1, *model.config.grid).numpy()
 
 
 def draw(frame_HWC: np.ndarray, expert_RC: np.ndarray, num_experts: int) -> np.ndarray:
-    """A frame with its experts as colours over it, uint8 [H, W, 3]; H and W are multiples of the grid."""
+    """A frame with its experts as colours over it, uint8 [H, W, 3]; H and W are multiples of the grid.
+
+    Patches that were dropped or left out (-1) are dimmed.
+    """
     height, width = frame_HWC.shape[0] // expert_RC.shape[0], frame_HWC.shape[1] // expert_RC.shape[1]
-    colour_HWC = repeat(expert_colours(num_experts)[expert_RC], "r c k -> (r h) (c w) k", h=height, w=width)
+    colours = np.concatenate([expert_colours(num_experts), np.zeros((1, 3), dtype=np.uint8)])  # -1 takes the last
+    colour_HWC = repeat(colours[expert_RC], "r c k -> (r h) (c w) k", h=height, w=width)
     return (frame_HWC * (1 - _OPACITY) + colour_HWC * _OPACITY).astype(np.uint8)
 
 
-def preview(clip: PlannedClip, checkpoint: Checkpoint, model: ViViT, capacity: float) -> list[tuple[bytes, bytes]]:
+def preview(
+    clip: PlannedClip, checkpoint: Checkpoint, model: ViViT, capacity: float, drop_static: float | None = None
+) -> list[tuple[bytes, bytes]]:
     """A few moments of a clip, as pairs of JPEG files: the frame, and the frame with its experts.
 
     Raises:
@@ -60,7 +73,7 @@ def preview(clip: PlannedClip, checkpoint: Checkpoint, model: ViViT, capacity: f
     seen, scale = view_of(config), -(-_PICTURE_PX // config.height_px)
     shown = dataclasses.replace(seen, height_px=seen.height_px * scale, width_px=seen.width_px * scale)
     small, large = (_decoded(clip, view) for view in (seen, shown))
-    maps = expert_maps(model, small, capacity)
+    maps = expert_maps(model, small, capacity, drop_static)
     moments = np.linspace(0, config.num_indices - 1, min(_PICTURES, config.num_indices)).round().astype(int)
     frames = [large[moment * config.tubelet_frames] for moment in moments]
     return [

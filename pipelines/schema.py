@@ -62,7 +62,8 @@ DECODED = pa.schema(
         *MANIFEST,
         ("decoder", pa.string()),
         ("decode_ms", pa.float32()),
-        ("patches", pa.large_binary()),  # uint8 [F, N, P]
+        ("patches", pa.large_binary()),  # uint8 [V, F, N, P] for V views, or [K, P] where static ones were dropped
+        ("kept", pa.large_binary()),  # int32 [K], the places f N + n of those; null: all are there
     ]
 )
 
@@ -82,6 +83,7 @@ ANNOTATIONS = pa.schema(
         ("capacity", pa.float32()),
         ("tokens_per_expert", pa.list_(pa.int64())),  # smallest expert first; empty unless ok
         ("flops", pa.int64()),  # 0 unless ok: nothing was computed
+        ("kept_flops", pa.int64()),  # full width on the patches kept: between the two, what dropping static ones leaves
         ("dense_flops", pa.int64()),
         ("decoder", pa.string()),
         ("decode_ms", pa.float32()),

@@ -2,12 +2,16 @@
 
 import dataclasses
 import time
+from collections import defaultdict
+from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from mone.config import ModelConfig
+from mone.static import kept_patches
 from mone.tubelets import to_patches
 from pipelines.decode import Clip, Outcome, View, decode_clips
 from pipelines.manifest import source_of
@@ -15,12 +19,43 @@ from pipelines.probe import DecodeFailure, file_identity
 from pipelines.schema import DECODED, PlannedClip, Status
 
 
-def view_of(config: ModelConfig) -> View:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOptions:
+    """What happens to a clip between its frames and its tokens.
+
+    Attributes:
+        views: Crops along the longer side of the video, whose probabilities are averaged; 1 is the centre, 3 the usual
+            "x 3 crops" of video papers.
+        drop_static: Drop patches that differ from the last kept one of their place by at most so many grey levels of
+            255 on average (`mone.static`); None keeps all.
+    """
+
+    views: int = 1
+    drop_static: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: Out of range, or both at once.
+        """
+        if self.views < 1:
+            raise ValueError(f"views must be at least 1, got {self.views}")
+        if self.drop_static is not None and not 0 <= self.drop_static <= 255:
+            raise ValueError(f"drop_static is in grey levels from 0 to 255, got {self.drop_static:g}")
+        if self.drop_static is not None and self.views > 1:
+            raise ValueError("drop_static works on one view; leave out one of drop_static and views")
+
+
+WHOLE_CLIPS = TokenOptions()
+
+
+def view_of(config: ModelConfig, views: int = 1) -> View:
     """What a model wants to see of a span."""
-    return View(num_frames=config.num_frames, height_px=config.height_px, width_px=config.width_px)
+    return View(num_frames=config.num_frames, height_px=config.height_px, width_px=config.width_px, crops=views)
 
 
-def tokenize_table(manifest: pa.Table, config: ModelConfig) -> pa.Table:
+def tokenize_table(manifest: pa.Table, config: ModelConfig, options: TokenOptions = WHOLE_CLIPS) -> pa.Table:
     """Decode and cut planned clips: MANIFEST rows to DECODED rows, one for one, in order.
 
     Neighbouring rows of one video share one pass over it. Nothing raises: a clip that cannot be decoded is a row with
@@ -28,25 +63,29 @@ def tokenize_table(manifest: pa.Table, config: ModelConfig) -> pa.Table:
 
     Args:
         manifest: Rows of the manifest.
-        config: The model whose patches [F, N, P] are wanted.
+        config: The model whose patches are wanted.
+        options: Views, and whether static patches are dropped.
     """
     clips = [PlannedClip(**row) for row in manifest.to_pylist()]
     rows = []
     for _, same_video in groupby(clips, key=lambda clip: (clip.video, clip.version, clip.status)):
-        rows.extend(_tokenize_video(list(same_video), config))
+        rows.extend(_tokenize_video(list(same_video), config, options))
     return pa.Table.from_pylist(rows, schema=DECODED)
 
 
-def _tokenize_video(clips: list[PlannedClip], config: ModelConfig) -> list[dict]:
+def _tokenize_video(clips: list[PlannedClip], config: ModelConfig, options: TokenOptions) -> list[dict]:
     if clips[0].status != Status.OK:
-        return [_row(clip, config, DecodeFailure(Status(clip.status), clip.error), 0.0) for clip in clips]
+        return [_row(clip, DecodeFailure(Status(clip.status), clip.error), config, options) for clip in clips]
     started_s = time.perf_counter()
-    outcomes = _decode_unchanged(clips, config)
+    outcomes = _decode_unchanged(clips, view_of(config, options.views))
     decode_ms = (time.perf_counter() - started_s) * 1e3 / len(clips)
-    return [_row(clip, config, outcome, decode_ms) for clip, outcome in zip(clips, outcomes, strict=True)]
+    return [
+        _row(clip, outcome, config, options) | {"decode_ms": decode_ms}
+        for clip, outcome in zip(clips, outcomes, strict=True)
+    ]
 
 
-def _decode_unchanged(clips: list[PlannedClip], config: ModelConfig) -> list[Outcome]:
+def _decode_unchanged(clips: list[PlannedClip], view: View) -> list[Outcome]:
     """Decode, unless the file has changed since it was planned: then these clips are not what the manifest says."""
     first = clips[0]
     try:
@@ -54,22 +93,49 @@ def _decode_unchanged(clips: list[PlannedClip], config: ModelConfig) -> list[Out
             raise DecodeFailure(Status.MISSING, "the file has changed since it was planned; plan again")
     except DecodeFailure as failure:
         return [failure] * len(clips)
-    return decode_clips(source_of(first), [(clip.start_s, clip.end_s) for clip in clips], view_of(config))
+    return decode_clips(source_of(first), [(clip.start_s, clip.end_s) for clip in clips], view)
 
 
-def _row(clip: PlannedClip, config: ModelConfig, outcome: Outcome, decode_ms: float) -> dict:
-    row = dataclasses.asdict(clip) | {"decode_ms": decode_ms, "decoder": "", "patches": None}
-    if isinstance(outcome, Clip):
-        patches_FNP = np.ascontiguousarray(to_patches(outcome.frames_THWC, config))
-        note = "; ".join(filter(None, (clip.note, outcome.note)))
-        return row | {"decoder": outcome.decoder, "patches": patches_FNP.tobytes(), "note": note}
-    return row | {"status": outcome.status.value, "error": str(outcome)}
+def _row(clip: PlannedClip, outcome: Outcome, config: ModelConfig, options: TokenOptions) -> dict:
+    row = dataclasses.asdict(clip) | {"decode_ms": 0.0, "decoder": "", "patches": None, "kept": None}
+    if not isinstance(outcome, Clip):
+        return row | {"status": outcome.status.value, "error": str(outcome)}
+    note = "; ".join(filter(None, (clip.note, outcome.note)))
+    row |= {"decoder": outcome.decoder, "note": note}
+    views = view_of(config, options.views).windows(outcome.frames_THWC)
+    patches_VFNP = np.stack([to_patches(frames_THWC, config) for frames_THWC in views])
+    if options.drop_static is None:
+        return row | {"patches": patches_VFNP.tobytes()}
+    kept_K = kept_patches(patches_VFNP[0], options.drop_static)
+    patches_KP = patches_VFNP.reshape(-1, config.patch_values)[kept_K]
+    return row | {"patches": patches_KP.tobytes(), "kept": kept_K.astype(np.int32).tobytes()}
 
 
-def patches_of(decoded: pa.Table, config: ModelConfig) -> np.ndarray:
-    """Patches of the rows that have them, uint8 [B, F, N, P]."""
-    shape = (config.num_indices, config.num_tokens, config.patch_values)
-    buffers = [value.as_buffer() for value in decoded["patches"] if value.is_valid]
-    if not buffers:
-        return np.empty((0, *shape), dtype=np.uint8)
-    return np.stack([np.frombuffer(buffer, dtype=np.uint8).reshape(shape) for buffer in buffers])
+class Tokens(NamedTuple):
+    """Clips of one size, as a model takes them.
+
+    Attributes:
+        rows: Their rows in the table, ascending.
+        patches: uint8 [B, V, F, N, P], or [B, 1, K, P] where static patches were dropped.
+        kept_BK: int64 places of the kept patches; None where all are there.
+    """
+
+    rows: list[int]
+    patches: np.ndarray
+    kept_BK: np.ndarray | None
+
+
+def tokens_of(decoded: pa.Table, config: ModelConfig) -> list[Tokens]:
+    """The clips of the rows that have patches, those of one size together."""
+    rows_of_size: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    patches, kept = ([value.as_buffer() for value in decoded[name]] for name in ("patches", "kept"))
+    for row, buffers in enumerate(zip(patches, kept, strict=True)):
+        if buffers[0] is not None:
+            rows_of_size[len(buffers[0]), 0 if buffers[1] is None else len(buffers[1])].append(row)
+    groups = []
+    for (_, kept_bytes), rows in sorted(rows_of_size.items()):
+        shape = (kept_bytes // 4,) if kept_bytes else (config.num_indices, config.num_tokens)
+        clips = [np.frombuffer(patches[row], dtype=np.uint8).reshape(-1, *shape, config.patch_values) for row in rows]
+        places = [np.frombuffer(kept[row], dtype=np.int32).astype(np.int64) for row in rows] if kept_bytes else None
+        groups.append(Tokens(rows, np.stack(clips), None if places is None else np.stack(places)))
+    return groups

@@ -131,10 +131,10 @@ class Stumbling(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, patches_BFNP: torch.Tensor, capacity: float):
+    def forward(self, patches_BFNP: torch.Tensor, capacity: float, *, kept_BK: torch.Tensor | None):
         if (patches_BFNP == POISON).flatten(1).all(1).any():
             raise RuntimeError("out of\n  memory, say")
-        return self.model(patches_BFNP, capacity)
+        return self.model(patches_BFNP, capacity, kept_BK=kept_BK)
 
 
 class Diverging(torch.nn.Module):
@@ -144,8 +144,8 @@ class Diverging(torch.nn.Module):
         super().__init__()
         self.model, self.value = model, value
 
-    def forward(self, patches_BFNP: torch.Tensor, capacity: float):
-        prediction = self.model(patches_BFNP, capacity)
+    def forward(self, patches_BFNP: torch.Tensor, capacity: float, *, kept_BK: torch.Tensor | None):
+        prediction = self.model(patches_BFNP, capacity, kept_BK=kept_BK)
         prediction.logits_BC[(patches_BFNP == POISON).flatten(1).all(1)] = self.value
         return prediction
 

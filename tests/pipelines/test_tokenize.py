@@ -14,7 +14,7 @@ from pipelines.decode import Clip, View, decode_clips
 from pipelines.manifest import plan_video, source_of
 from pipelines.schema import DECODED, MANIFEST, PlannedClip
 from pipelines.timeline import ClipPlan
-from pipelines.tokenize import patches_of, tokenize_table, view_of
+from pipelines.tokenize import tokenize_table, tokens_of, view_of
 from tests.media import indexed_frames, read_index, write_video
 
 CONFIG = ModelConfig(num_classes=3, num_frames=8, height_px=64, width_px=64, dim=32, num_heads=4, depth=1)
@@ -71,7 +71,7 @@ def test_rows_equal_decoding_one_by_one(clips, order):
 def test_patches_are_those_of_the_decoded_frames(clips):
     decoded = tokenize_table(manifest(*clips), CONFIG)
     shown = [clip for clip in clips if clip.status == "ok"]
-    patches_BFNP = patches_of(decoded, CONFIG)
+    patches_BFNP = tokens_of(decoded, CONFIG)[0].patches[:, 0]
     assert patches_BFNP.shape == (8, CONFIG.num_indices, CONFIG.num_tokens, CONFIG.patch_values)
     assert patches_BFNP.dtype == np.uint8
     for clip, patches_FNP in zip(shown, patches_BFNP, strict=True):
@@ -81,7 +81,7 @@ def test_patches_are_those_of_the_decoded_frames(clips):
 
 
 def test_patches_say_which_frames_they_are(clips):
-    frames_BTHWC = to_frames(patches_of(tokenize_table(manifest(*clips), CONFIG), CONFIG), CONFIG)
+    frames_BTHWC = to_frames(tokens_of(tokenize_table(manifest(*clips), CONFIG), CONFIG)[0].patches[:, 0], CONFIG)
     starts = [0, 4, 8, 12, 16, 100, 104, 108]
     assert [[read_index(frame) for frame in clip] for clip in frames_BTHWC] == [[*range(s, s + 8)] for s in starts]
 
@@ -123,4 +123,4 @@ def test_notes_of_probe_and_decoder_are_both_kept(tmp_path):
 def test_an_empty_table(clips):
     decoded = tokenize_table(manifest(*clips[:0]), CONFIG)
     assert decoded.schema == DECODED and len(decoded) == 0
-    assert patches_of(decoded, CONFIG).shape == (0, CONFIG.num_indices, CONFIG.num_tokens, CONFIG.patch_values)
+    assert tokens_of(decoded, CONFIG) == []

@@ -16,7 +16,7 @@ from pipelines.manifest import plan_video
 from pipelines.probe import decode_frames, first_pts, open_video
 from pipelines.schema import MANIFEST
 from pipelines.timeline import ClipPlan, instants
-from pipelines.tokenize import patches_of, tokenize_table
+from pipelines.tokenize import tokenize_table, tokens_of
 
 WILD = Path(__file__).parents[3] / "shared" / "data" / "wild"
 CONFIG = ModelConfig(num_classes=2, num_frames=8, height_px=64, width_px=64, dim=32, num_heads=4)
@@ -94,7 +94,7 @@ def test_frames_are_those_of_decoding_from_the_start(name, plan):
     if (np.diff(times_s) < 0).any():
         pytest.skip("its clock runs backwards: which frame is on display is anyone's guess")
     starts_s, reference = np.array(times_s), np.stack(frames).astype(int)
-    shown = to_frames(patches_of(decoded, CONFIG), CONFIG)
+    shown = to_frames(tokens_of(decoded, CONFIG)[0].patches[:, 0], CONFIG)
     checked = 0
     for row, clip_THWC in zip([row for row in decoded.to_pylist() if row["status"] == "ok"], shown, strict=True):
         for time_s, frame_HWC in zip(instants(row["start_s"], row["end_s"], CONFIG.num_frames), clip_THWC, strict=True):
