@@ -10,7 +10,7 @@ import tyro
 from jobs.cli import UserError, checking_input
 from mone.checkpoint import Checkpoint, read_checkpoint
 from pipelines.timeline import ClipPlan
-from pipelines.tokenize import TokenOptions
+from pipelines.view import TokenOptions
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 BUNDLED_MODEL = BUNDLED / "motions_model"

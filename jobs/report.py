@@ -86,7 +86,7 @@ def _pictures(folder: Path, record: dict[str, Any], count: int) -> tuple[list[_S
     model, shown = checkpoint.build(), []
     for clip, row in _choose(folder, count):
         try:
-            pairs = preview(clip, checkpoint, model, record["identity"]["capacity"], record["config"]["drop_static"])
+            pairs = preview(clip, checkpoint, model, record["identity"]["capacity"], record["config"].get("drop_static"))
         except DecodeFailure:
             continue
         shown.append(_Shown(row=row, pictures=[(_data_uri(plain), _data_uri(drawn)) for plain, drawn in pairs]))
@@ -125,7 +125,7 @@ def _legend(record: dict[str, Any]) -> list[tuple[str, str]]:
         (f"rgb({r} {g} {b})", f"{name}: {share:.0%} of the patches")
         for (r, g, b), name, share in zip(colours, names, shares, strict=True)
     ]
-    if record["config"]["drop_static"] is not None:
+    if record["config"].get("drop_static") is not None:
         legend.append(("rgb(0 0 0)", "dropped: it did not change"))
     return legend
 

@@ -1,7 +1,7 @@
 """The transformer block of nested experts: attention, MLP, and the residual branches around them.
 
-Shapes: S sequences, N tokens, D model features, F temporal indices, M slots of a frame; B clips, of which K patches were
-kept.
+Shapes: S sequences, N tokens, D model features, F temporal indices, M slots of a frame, B clips,
+K patches of a clip that were kept.
 """
 
 from typing import NamedTuple

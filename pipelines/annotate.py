@@ -20,7 +20,8 @@ from pipelines.manifest import plan_video
 from pipelines.predict import Annotator
 from pipelines.schema import MANIFEST
 from pipelines.timeline import ClipPlan
-from pipelines.tokenize import WHOLE_CLIPS, TokenOptions, tokenize_table
+from pipelines.tokenize import tokenize_table
+from pipelines.view import WHOLE_CLIPS, TokenOptions
 
 MANIFEST_DIR = "manifest"
 

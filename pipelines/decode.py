@@ -17,6 +17,7 @@ from av.video.frame import VideoFrame
 from pipelines.probe import Damage, DecodeFailure, decode_frames, first_pts, open_video, tick_s
 from pipelines.schema import Status
 from pipelines.timeline import frames_at, instants
+from pipelines.view import View
 
 
 def _import_decord() -> ModuleType:
@@ -46,43 +47,6 @@ _DECORD_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "ffv1", "mjpeg"
 
 # Frames that decord returns in one batch; bounds memory when many clips share a file.
 _MAX_BATCH_FRAMES = 512
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class View:
-    """What a model wants to see of a span.
-
-    Attributes:
-        num_frames: T, at the centres of T equal parts of the span.
-        height_px, width_px: Size of a frame.
-        crops: Windows of that size along the longer side; 1 is the centre. With more, frames keep their longer side,
-            and `windows` cuts them.
-    """
-
-    num_frames: int
-    height_px: int
-    width_px: int
-    crops: int = 1
-
-    def scaled_size(self, width_px: int, height_px: int) -> tuple[int, int]:
-        """Width and height that keep the aspect ratio and just cover the view."""
-        scale = max(self.width_px / width_px, self.height_px / height_px)
-        return max(self.width_px, round(width_px * scale)), max(self.height_px, round(height_px * scale))
-
-    def crop(self, frames_THWC: np.ndarray) -> np.ndarray:
-        """What is kept of scaled frames [..., H, W, 3]: the centre, or all where several windows are wanted."""
-        return self._window(frames_THWC, 0.5) if self.crops == 1 else frames_THWC
-
-    def windows(self, frames_THWC: np.ndarray) -> list[np.ndarray]:
-        """Decoded frames in the size of the view, from one end of the longer side to the other."""
-        if self.crops == 1:
-            return [frames_THWC]
-        return [self._window(frames_THWC, place) for place in np.linspace(0, 1, self.crops)]
-
-    def _window(self, frames_THWC: np.ndarray, place: float) -> np.ndarray:
-        top = int((frames_THWC.shape[-3] - self.height_px) * place)
-        left = int((frames_THWC.shape[-2] - self.width_px) * place)
-        return frames_THWC[..., top : top + self.height_px, left : left + self.width_px, :]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,8 @@ from pipelines.archive import Video
 from pipelines.predict import Annotator
 from pipelines.schema import Status
 from pipelines.timeline import ClipPlan
-from pipelines.tokenize import WHOLE_CLIPS, TokenOptions, tokens_of
+from pipelines.tokenize import tokens_of
+from pipelines.view import WHOLE_CLIPS, TokenOptions
 
 _SCORED = pa.schema(
     [

@@ -12,10 +12,11 @@ from mone.checkpoint import Checkpoint
 from mone.model import ViViT
 from mone.static import kept_patches
 from mone.tubelets import to_patches
-from pipelines.decode import Clip, View, decode_clips
+from pipelines.decode import Clip, decode_clips
 from pipelines.manifest import source_of
 from pipelines.schema import PlannedClip
 from pipelines.tokenize import view_of
+from pipelines.view import View
 
 # From the smallest expert (dark) to the full one (bright), as in viridis: safe for the colour-blind.
 _RAMP = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [253, 231, 37]], dtype=np.float32)

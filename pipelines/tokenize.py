@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections import defaultdict
-from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
@@ -13,41 +12,11 @@ import pyarrow as pa
 from mone.config import ModelConfig
 from mone.static import kept_patches
 from mone.tubelets import to_patches
-from pipelines.decode import Clip, Outcome, View, decode_clips
+from pipelines.decode import Clip, Outcome, decode_clips
 from pipelines.manifest import source_of
 from pipelines.probe import DecodeFailure, file_identity
 from pipelines.schema import DECODED, PlannedClip, Status
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenOptions:
-    """What happens to a clip between its frames and its tokens.
-
-    Attributes:
-        views: Crops along the longer side of the video, whose probabilities are averaged; 1 is the centre, 3 the usual
-            "x 3 crops" of video papers.
-        drop_static: Drop patches that differ from the last kept one of their place by at most so many grey levels of
-            255 on average (`mone.static`); None keeps all.
-    """
-
-    views: int = 1
-    drop_static: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ValueError: Out of range, or both at once.
-        """
-        if self.views < 1:
-            raise ValueError(f"views must be at least 1, got {self.views}")
-        if self.drop_static is not None and not 0 <= self.drop_static <= 255:
-            raise ValueError(f"drop_static is in grey levels from 0 to 255, got {self.drop_static:g}")
-        if self.drop_static is not None and self.views > 1:
-            raise ValueError("drop_static works on one view; leave out one of drop_static and views")
-
-
-WHOLE_CLIPS = TokenOptions()
+from pipelines.view import WHOLE_CLIPS, TokenOptions, View
 
 
 def view_of(config: ModelConfig, views: int = 1) -> View:

@@ -55,7 +55,7 @@ def test_round_trip_is_exact(model, folder):
     assert not back.training
     patches = some_patches(model.config)
     assert torch.equal(back(patches, 0.4).logits_BC, model(patches, 0.4).logits_BC)
-    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, LABEL_FILE, WEIGHTS]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", CONFIG, LABEL_FILE, WEIGHTS]
 
 
 def test_bfloat16_storage_rounds_the_weights_once(model, folder, tmp_path):

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import decode
-from pipelines.decode import DECODERS, Clip, DecoderUnfit, Outcome, Source, View, decode_clips
+from pipelines.decode import DECODERS, Clip, DecoderUnfit, Outcome, Source, decode_clips
 from pipelines.probe import DecodeFailure, probe
 from pipelines.schema import Status
 from pipelines.timeline import instants
+from pipelines.view import View
 from tests.media import indexed_frames, read_index, write_video
 
 oracle = settings(max_examples=100, deadline=None, derandomize=True)

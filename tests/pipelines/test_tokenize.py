@@ -10,11 +10,12 @@ import pytest
 from mone.config import ModelConfig
 from mone.tubelets import to_frames, to_patches
 from pipelines.archive import Video
-from pipelines.decode import Clip, View, decode_clips
+from pipelines.decode import Clip, decode_clips
 from pipelines.manifest import plan_video, source_of
 from pipelines.schema import DECODED, MANIFEST, PlannedClip
 from pipelines.timeline import ClipPlan
 from pipelines.tokenize import tokenize_table, tokens_of, view_of
+from pipelines.view import View
 from tests.media import indexed_frames, read_index, write_video
 
 CONFIG = ModelConfig(num_classes=3, num_frames=8, height_px=64, width_px=64, dim=32, num_heads=4, depth=1)

@@ -11,12 +11,13 @@ import pytest
 from mone.config import ModelConfig
 from mone.tubelets import to_frames
 from pipelines.archive import Video
-from pipelines.decode import View, picture
+from pipelines.decode import picture
 from pipelines.manifest import plan_video
 from pipelines.probe import decode_frames, first_pts, open_video
 from pipelines.schema import MANIFEST
 from pipelines.timeline import ClipPlan, instants
 from pipelines.tokenize import tokenize_table, tokens_of
+from pipelines.view import View
 
 WILD = Path(__file__).parents[3] / "shared" / "data" / "wild"
 CONFIG = ModelConfig(num_classes=2, num_frames=8, height_px=64, width_px=64, dim=32, num_heads=4)
