@@ -1,4 +1,4 @@
-"""Public checkpoints with random weights, made by the libraries that publish them, each with its own way to an answer."""
+"""Public checkpoints with random weights, from the libraries that publish them, each with its own way to an answer."""
 
 from collections.abc import Callable
 from pathlib import Path
