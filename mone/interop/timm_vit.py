@@ -64,28 +64,15 @@ def read_timm(source: Source, num_frames: int, tubelet_frames: int) -> Parts:
     Raises:
         CheckpointError: What is damaged or cannot be expressed.
     """
-    arguments, pretrained = _object(source, "model_args"), _object(source, "pretrained_cfg")
-    for name in arguments:
-        if name not in _HARMLESS_ARGUMENTS | _READ_ARGUMENTS:
-            raise source.refuse_key(f"model_args.{name}", arguments[name], "not known how to express it")
-    activation = str(arguments.get("act_layer", "gelu"))
-    if activation not in _ACTIVATIONS:
-        raise source.refuse_key("model_args.act_layer", activation, "must be gelu or gelu_tanh")
+    arguments, pretrained = _arguments(source), _object(source, "pretrained_cfg")
     source.load()
     source.refuse_tensors(_REFUSED_TENSORS)
-    dim, channels, tubelet_px, patch_width_px = _patch_shape(source)
-    if channels != 3 or tubelet_px != patch_width_px:
-        raise CheckpointError(
-            f"{source.folder}: tensor patch_embed.proj.weight: patches must be square with 3 channels"
-        )
+    dim, tubelet_px = _patch_sizes(source)
     num_heads = _num_heads(source, arguments, dim)
     num_classes = source.shape("head.weight", "the checkpoint is no classifier")[0]
-    numbers = [int(match[1]) for name in source.names if (match := re.match(r"blocks\.(\d+)\.", name))]
-    depth = 1 + max(numbers, default=-1)
-    input_size = pretrained.get("input_size", [3, 224, 224])
-    image_size = arguments.get("img_size") or (input_size[1:] if isinstance(input_size, list) else input_size)
-    height_px, width_px = source.pair("img_size", image_size)
     hidden = source.shape("blocks.0.mlp.fc1.weight")[0]
+    numbers = [int(match[1]) for name in source.names if (match := re.match(r"blocks\.(\d+)\.", name))]
+    height_px, width_px = _image_size(source, arguments, pretrained)
     pooling, tensors = _pooling(source, arguments, dim, height_px // tubelet_px * (width_px // tubelet_px))
     config = {
         "num_classes": num_classes,
@@ -97,29 +84,37 @@ def read_timm(source: Source, num_frames: int, tubelet_frames: int) -> Parts:
         "dim": dim,
         "num_heads": num_heads,
         "encoder": "factorised",
-        "depth": depth,
+        "depth": 1 + max(numbers),
         "temporal_depth": 0,
         "mlp_ratio": mlp_ratio(source, "tensor blocks.0.mlp.fc1.weight", hidden, dim),
         "pooling": pooling,
-        "activation": _ACTIVATIONS[activation],
+        "activation": _ACTIVATIONS[str(arguments.get("act_layer"))],
         "norm_eps": 1e-6,
         "span_s": 2.56,
     }
     has_bias = arguments.get("qkv_bias", not str(source.config["architecture"]).endswith("_miil"))
     scaled = "blocks.0.ls1.gamma" in source.names
-    for index in range(depth):
+    for index in range(config["depth"]):
         tensors |= _block(source, f"blocks.{index}", f"encoder.blocks.{index}", (dim, hidden), has_bias, scaled)
     kernel_DCpq = source.take("patch_embed.proj.weight", dim, 3, tubelet_px, tubelet_px)
-    try:
-        pixels = Pixels.normalised(pretrained.get("mean", IMAGENET_MEAN), pretrained.get("std", IMAGENET_STD))
-    except ValueError as error:
-        raise source.refuse_key("pretrained_cfg", [pretrained.get("mean"), pretrained.get("std")], str(error)) from None
-    tensors |= embedding(central_frame(kernel_DCpq, tubelet_frames), source.take("patch_embed.proj.bias", dim), pixels)
+    bias_D = source.take("patch_embed.proj.bias", dim)
+    tensors |= embedding(central_frame(kernel_DCpq, tubelet_frames), bias_D, _pixels(source, pretrained))
     tensors |= {
         "head.weight": source.take("head.weight", num_classes, dim),
         "head.bias": source.take("head.bias", num_classes),
     }
     return Parts(config, tensors, _labels(source, pretrained, num_classes))
+
+
+def _arguments(source: Source) -> dict[str, Any]:
+    """What differs from the architecture's own arguments, of which all are known here."""
+    arguments = _object(source, "model_args")
+    for name in arguments:
+        if name not in _HARMLESS_ARGUMENTS | _READ_ARGUMENTS:
+            raise source.refuse_key(f"model_args.{name}", arguments[name], "not known how to express it")
+    if (activation := arguments.get("act_layer")) is not None and str(activation) not in _ACTIVATIONS:
+        raise source.refuse_key("model_args.act_layer", activation, "must be gelu or gelu_tanh")
+    return arguments
 
 
 def _object(source: Source, key: str) -> dict[str, Any]:
@@ -129,11 +124,29 @@ def _object(source: Source, key: str) -> dict[str, Any]:
     return value
 
 
-def _patch_shape(source: Source) -> tuple[int, ...]:
+def _patch_sizes(source: Source) -> tuple[int, int]:
+    """Width D and side of a patch in pixels."""
     shape = source.shape("patch_embed.proj.weight")
-    if len(shape) != 4:
-        raise CheckpointError(f"{source.folder}: tensor patch_embed.proj.weight has shape {list(shape)}, 4 axes needed")
-    return shape
+    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+        raise CheckpointError(
+            f"{source.folder}: tensor patch_embed.proj.weight has shape {list(shape)}, square patches of 3 channels are"
+            " needed"
+        )
+    return shape[0], shape[2]
+
+
+def _image_size(source: Source, arguments: dict[str, Any], pretrained: dict[str, Any]) -> tuple[int, int]:
+    input_size = pretrained.get("input_size", [3, 224, 224])
+    size = arguments.get("img_size") or (input_size[1:] if isinstance(input_size, list) else input_size)
+    return source.pair("img_size", size)
+
+
+def _pixels(source: Source, pretrained: dict[str, Any]) -> Pixels:
+    mean_C, std_C = pretrained.get("mean", IMAGENET_MEAN), pretrained.get("std", IMAGENET_STD)
+    try:
+        return Pixels.normalised(mean_C, std_C)
+    except ValueError as error:
+        raise source.refuse_key("pretrained_cfg", {"mean": mean_C, "std": std_C}, str(error)) from None
 
 
 def _num_heads(source: Source, arguments: dict[str, Any], dim: int) -> int:
@@ -161,11 +174,11 @@ def _pooling(source: Source, arguments: dict[str, Any], dim: int, num_tokens: in
         raise source.refuse_key("global_pool", pool, "must be token or avg")
     if pool == "avg" and has_class_token:
         raise CheckpointError(f"{source.folder}: tensor cls_token cannot be expressed: a class token beside averaging")
-    norm = "norm" if pool == "token" and "norm.weight" in source.names else "fc_norm"
-    if norm == "fc_norm" and "norm.weight" in source.names:
-        raise CheckpointError(f"{source.folder}: tensor norm.weight cannot be expressed: a norm before averaging")
-    if norm == "fc_norm" and pool == "token" and "fc_norm.weight" not in source.names:
-        norm = "norm"
+    norm = "fc_norm" if "fc_norm.weight" in source.names else "norm"
+    if pool == "avg" and norm == "norm":
+        raise CheckpointError(
+            f"{source.folder}: tensor fc_norm.weight is missing: a norm before averaging cannot be expressed"
+        )
     if pool == "token":
         class_token_D = source.take("cls_token", 1, 1, dim)[0, 0]
         if source.shape("pos_embed") == (1, num_tokens, dim):  # no_embed_class

@@ -143,6 +143,12 @@ def test_central_frame_of_an_even_number_is_the_later(tmp_path):
     assert [bool(weight_DtX[:, frame].any()) for frame in range(4)] == [False, False, True, False]
 
 
+def test_the_norm_after_pooling_of_videomae_has_an_epsilon_of_its_own(tmp_path):
+    videomae(tmp_path)
+    encoder = convert(tmp_path).model.encoder
+    assert (encoder.blocks[0].norm_mlp.eps, encoder.norm.eps) == (1e-12, 1e-5)
+
+
 def test_position_of_the_class_token_is_folded_into_it(tmp_path):
     vivit(tmp_path)
     theirs, ours = load_file(tmp_path / WEIGHTS), convert(tmp_path).model.encoder
@@ -306,7 +312,7 @@ def test_configs_that_cannot_be_expressed_are_named(make, changes, named, tmp_pa
         ({"reg_tokens": 2}, "reg_token cannot be expressed: register tokens"),
         ({"pre_norm": True}, "norm_pre.bias cannot be expressed"),
         ({"class_token": True, "global_pool": "avg"}, "cls_token cannot be expressed: a class token beside averaging"),
-        ({"class_token": False, "global_pool": "avg", "fc_norm": False}, "norm.weight cannot be expressed"),
+        ({"class_token": False, "global_pool": "avg", "fc_norm": False}, "a norm before averaging cannot be expressed"),
         ({"class_token": False, "global_pool": "map"}, "attn_pool"),
         ({"mlp_ratio": 2.7}, "blocks.0.mlp.fc1.weight 129"),
         ({"num_classes": 0}, "head.weight is missing"),
