@@ -37,6 +37,7 @@ _VIDEOMAE_RENAMES = (
     (r"\.attention\.query\.bias$", ".attention.q_bias"),
     (r"\.attention\.value\.bias$", ".attention.v_bias"),
 )
+_MOST_PLACES = 2**20
 _PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json")
 
 
@@ -85,7 +86,10 @@ def read_videomae(source: Source) -> Parts:
     tensors, labels = _encoder(source, "videomae", config, "qv_bias")
     pixels = _pixels(source, Pixels.normalised(IMAGENET_MEAN, IMAGENET_STD))
     tensors |= embedding(*_kernel(source, "videomae", config, tubelet_frames), pixels)
-    tensors["encoder.position_ND"] = sinusoids(num_frames // tubelet_frames * _num_tokens(config), config["dim"])
+    num_places = num_frames // tubelet_frames * _num_tokens(config)
+    if num_places > _MOST_PLACES:  # no tensor would tell
+        raise source.refuse_key("num_frames", num_frames, f"{num_places:,} tokens in a clip are too many")
+    tensors["encoder.position_ND"] = sinusoids(num_places, config["dim"])
     tensors["encoder.class_token_KD"] = torch.zeros(0, config["dim"])
     tensors |= _norm(source, "fc_norm", "encoder.norm", config["dim"])
     return Parts(config, tensors, labels)
@@ -179,7 +183,7 @@ def _encoder(
         tensors |= _linear(source, f"{theirs}.output.dense", f"{ours}.mlp.down", dim, hidden)
         tensors |= _norm(source, f"{theirs}.layernorm_before", f"{ours}.norm_attention", dim)
         tensors |= _norm(source, f"{theirs}.layernorm_after", f"{ours}.norm_mlp", dim)
-    config["num_classes"] = source.shape("classifier.weight", "the checkpoint is no classifier")[0]
+    config["num_classes"] = source.outputs("classifier.weight", "the checkpoint is no classifier")
     tensors |= _linear(source, "classifier", "head", config["num_classes"], dim)
     return tensors, _labels(source, config["num_classes"])
 

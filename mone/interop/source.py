@@ -143,6 +143,16 @@ class Source:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing{reason and f': {reason}'}")
         return tuple(self._tensors[name].shape)
 
+    def outputs(self, name: str, reason: str = "") -> int:
+        """Rows of a matrix.
+
+        Raises:
+            CheckpointError: It is missing, and then the reason is added, or no matrix.
+        """
+        if len(shape := self.shape(name, reason)) != 2:
+            raise CheckpointError(f"{self.folder}: tensor {name} has shape {list(shape)}, a matrix is needed")
+        return shape[0]
+
     def take(self, name: str, *shape: int) -> Tensor:
         """A tensor, as float32.
 

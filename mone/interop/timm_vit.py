@@ -69,8 +69,8 @@ def read_timm(source: Source, num_frames: int, tubelet_frames: int) -> Parts:
     source.refuse_tensors(_REFUSED_TENSORS)
     dim, tubelet_px = _patch_sizes(source)
     num_heads = _num_heads(source, arguments, dim)
-    num_classes = source.shape("head.weight", "the checkpoint is no classifier")[0]
-    hidden = source.shape("blocks.0.mlp.fc1.weight")[0]
+    num_classes = source.outputs("head.weight", "the checkpoint is no classifier")
+    hidden = source.outputs("blocks.0.mlp.fc1.weight")
     numbers = [int(match[1]) for name in source.names if (match := re.match(r"blocks\.(\d+)\.", name))]
     height_px, width_px = _image_size(source, arguments, pretrained)
     pooling, tensors = _pooling(source, arguments, dim, height_px // tubelet_px * (width_px // tubelet_px))

@@ -256,6 +256,7 @@ def change_tensors(folder, **changes):
     ("changes", "named"),
     [
         ({"classifier__weight": None}, "tensor classifier.weight is missing: the checkpoint is no classifier"),
+        ({"classifier__weight": torch.ones(())}, "tensor classifier.weight has shape [], a matrix is needed"),
         ({"vivit__layernorm__bias": None}, "tensor vivit.layernorm.bias is missing"),
         ({"vivit__layernorm__bias": torch.ones(3)}, "vivit.layernorm.bias has shape [3], the config wants [48]"),
         ({"vivit__layernorm__bias": torch.ones(48).int()}, "vivit.layernorm.bias has dtype torch.int32"),
@@ -287,6 +288,7 @@ def test_tensors_that_do_not_fit_are_named(changes, named, tmp_path):
         (vivit, {"num_hidden_layers": 1}, "tensor vivit.encoder.layer.1."),
         (vivit, {"id2label": {"0": "a"}}, "id2label"),
         (videomae, {"use_mean_pooling": False}, "use_mean_pooling False"),
+        (videomae, {"num_frames": 10**9}, "num_frames 1000000000: 4,500,000,000 tokens in a clip are too many"),
         (videomae, {"patch_size": [8, 4]}, "patch_size [8, 4]"),
         (timm_vit, {"architecture": "vit_base_patch16_rpn_224"}, "architecture 'vit_base_patch16_rpn_224'"),
         (timm_vit, {"architecture": "resnet50"}, "'resnet50'"),
