@@ -40,6 +40,7 @@ class ModelConfig:
             `mone.baselines`.
         activation: Of the MLP: "gelu" is exact, "gelu_tanh" its approximation (public ViViT weights want it).
         norm_eps: Of every LayerNorm.
+        pool_norm_eps: Of the LayerNorm after the nested encoder's pooling, where it differs (VideoMAE's); 0: norm_eps.
         dropout: Of embeddings, attention weights and branch outputs, in training.
         drop_path: Stochastic depth: chance to skip a branch of the last block in training; earlier blocks
             proportionally less (Huang et al., 2016).
@@ -68,6 +69,7 @@ class ModelConfig:
     allocation: Allocation = "mone"
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
     norm_eps: float = 1e-6
+    pool_norm_eps: float = 0.0
     dropout: float = 0.0
     drop_path: float = 0.0
     pixels: Literal["scaled", "centred"] = "scaled"
@@ -108,7 +110,7 @@ class ModelConfig:
         if name in ("dropout", "drop_path"):
             if not (is_number and 0 <= value < 1):
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
-        elif not is_number or value < 0 or (value == 0 and name != "temporal_depth"):
+        elif not is_number or value < 0 or (value == 0 and name not in ("temporal_depth", "pool_norm_eps")):
             raise ValueError(f"{name} must be a positive {kind.__name__}, got {value!r}")
 
     def _require_multiple(self, name: str, divisor: str) -> None:

@@ -31,7 +31,7 @@ class NestedEncoder(nn.Module):
         self.class_token_KD = nn.Parameter(torch.zeros(config.num_class_tokens, config.dim))
         self.alpha_L = nn.Parameter(torch.zeros(config.depth))
         self.blocks = make_blocks(config, config.depth)
-        self.norm = nn.LayerNorm(config.dim, config.norm_eps)
+        self.norm = nn.LayerNorm(config.dim, config.pool_norm_eps or config.norm_eps)
 
     def forward(
         self, x_BKD: Tensor, patches_BKP: Tensor, counts: tuple[int, ...], kept_BK: Tensor | None = None
