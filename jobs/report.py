@@ -86,7 +86,9 @@ def _pictures(folder: Path, record: dict[str, Any], count: int) -> tuple[list[_S
     model, shown = checkpoint.build(), []
     for clip, row in _choose(folder, count):
         try:
-            pairs = preview(clip, checkpoint, model, record["identity"]["capacity"], record["config"].get("drop_static"))
+            pairs = preview(
+                clip, checkpoint, model, record["identity"]["capacity"], record["config"].get("drop_static")
+            )
         except DecodeFailure:
             continue
         shown.append(_Shown(row=row, pictures=[(_data_uri(plain), _data_uri(drawn)) for plain, drawn in pairs]))
