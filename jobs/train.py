@@ -178,6 +178,10 @@ def _adapt(recipe: Recipe, config: Train, num_classes: int) -> Recipe:
     stages, routing = recipe.train.stages, METHODS[config.method].routing
     if routing:
         stages = tuple(dataclasses.replace(stage, routing=routing) for stage in stages)
+    elif model.reduces_tokens:  # at full width throughout: there are no nested widths to train
+        stages = tuple(
+            dataclasses.replace(stage, routing="dense") if stage.routing == "nested" else stage for stage in stages
+        )
     if config.epochs:
         stages = tuple(dataclasses.replace(stage, epochs=config.epochs) for stage in stages)
     return Recipe(
