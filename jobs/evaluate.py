@@ -135,7 +135,7 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
     z, share = 1.96, right / total
     centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
     margin = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    return centre - margin, centre + margin
+    return max(0.0, centre - margin), min(1.0, centre + margin)  # at 0 and 1 but for rounding
 
 
 def _table(result: dict[str, Any]) -> str:

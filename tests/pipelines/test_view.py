@@ -101,7 +101,7 @@ def test_a_stream_that_changes_its_size_midway_has_all_its_windows(tmp_path):
 
 
 def test_by_default_clips_are_whole_and_seen_once():
-    assert WHOLE_CLIPS == TokenOptions(views=1, drop_static=None)
+    assert TokenOptions(views=1, drop_static=None) == WHOLE_CLIPS
 
 
 @pytest.mark.parametrize("values", [{"views": 3}, {"drop_static": 0}, {"drop_static": 255.0, "views": 1}])
