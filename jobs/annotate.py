@@ -22,7 +22,7 @@ from mone.checkpoint import Checkpoint
 from pipelines.annotate import MANIFEST_DIR, Settings, write_annotations, write_manifest
 from pipelines.archive import list_videos
 from pipelines.commit import ANNOTATIONS_DIR
-from pipelines.ledger import Totals, count_rows, totals
+from pipelines.ledger import LedgerError, Totals, count_rows, totals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +64,15 @@ def annotate(config: Annotate) -> None:
     record = _open_record(make_output(config.output), config, checkpoint)
 
     started_s = time.time()
-    with connected(config.address):
-        if not planned:
-            print(f"plan      {len(videos):,} videos", file=sys.stderr)
-            write_manifest(videos, clip_plan, output)
-        with clips_progress(output / ANNOTATIONS_DIR, count_rows(output / MANIFEST_DIR)):
-            write_annotations(output, checkpoint, settings)
+    try:
+        with connected(config.address):
+            if not planned:
+                print(f"plan      {len(videos):,} videos", file=sys.stderr)
+                write_manifest(videos, clip_plan, output)
+            with clips_progress(output / ANNOTATIONS_DIR, count_rows(output / MANIFEST_DIR)):
+                write_annotations(output, checkpoint, settings)
+    except LedgerError as error:  # files of an earlier run that have been damaged since
+        raise UserError(str(error)) from error
     result = totals(output / ANNOTATIONS_DIR, frozenset(checkpoint.labels))
     record["sessions"].append({"started": timestamp(), "wall_s": round(time.time() - started_s, 3)})
     record["totals"] = totals_record(result)

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.ledger import audit
 from pipelines.schema import MANIFEST
 from pipelines.tokenize import tokenize_table, tokens_of
-from tests.conftest import NUM_CLIPS, NUM_VIDEOS, TINY
+from tests.conftest import NUM_CLIPS, NUM_VIDEOS, TINY, complaints
 
 THRESHOLD = 4.0
 
@@ -141,3 +142,14 @@ def test_other_tokens_need_another_folder(folder, archive, model_folder, monkeyp
     assert printed.out == "" and len(printed.err.splitlines()) == 1
     assert "tokens" in printed.err and str(folder) in printed.err
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("part", [MANIFEST_DIR, ANNOTATIONS_DIR])
+def test_a_run_whose_files_were_damaged_is_not_continued(
+    folder, archive, model_folder, tmp_path, monkeypatch, capsys, part
+):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / part / "broken.parquet").write_bytes(b"PAR1")
+    assert annotate(monkeypatch, archive, model_folder, copy, "--drop-static", THRESHOLD) == 2
+    said = complaints(capsys.readouterr().err, "annotate")
+    assert len(said) == 1 and f"{part}/broken.parquet" in said[0]

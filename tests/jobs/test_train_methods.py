@@ -1,6 +1,8 @@
 """Training a baseline: its config and stages, its scores at its own capacities, and the card that tells of them."""
 
 import json
+import re
+import shlex
 
 import pytest
 import torch
@@ -61,7 +63,7 @@ def test_every_method_can_be_trained(tmp_path, monkeypatch, method):
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert list(last["val_top1"]) == OWN.get(method, ["0.2", "0.4", "1.0"])
     card = (tmp_path / "model" / "README.md").read_text()
-    assert f"python -m jobs.train --recipe tiny --method {method} --data motions" in card
+    assert f"`python -m jobs.train --data motions --recipe tiny --method {method}`, seed 0" in card
     for capacity, score in last["val_top1"].items():
         assert f"{score:.1%} at capacity {float(capacity):.3g}" in card
     assert f"Training loss {last['loss']:.3f}" in card and "1 epochs of first" in card
@@ -73,6 +75,17 @@ def test_another_method_is_another_run(tmp_path, capsys):
     capsys.readouterr()
     assert jobs.train.main([*arguments, "--method", "proportionate"]) == 2
     assert "another run" in capsys.readouterr().err
+
+
+def test_the_command_of_the_card_has_every_option_that_decides_the_model(tmp_path):
+    options = ["--data", "motions", "--recipe", "tiny", "--method", "dense", "--num-clips", "12", "--epochs", "1"]
+    options += ["--seed", "3"]
+    assert jobs.train.main([*options, "--output", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    (command,) = re.findall(r"`python -m jobs\.train (.*)`", card)
+    assert jobs.train.main([*shlex.split(command), "--output", str(tmp_path / "again")]) == 0
+    for name in ("config.json", "model/model.safetensors", "model/README.md"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_without_a_val_split_the_card_says_so(tmp_path, rendered, monkeypatch):

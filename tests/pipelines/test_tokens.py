@@ -157,6 +157,24 @@ def test_clips_of_different_sizes_in_one_batch_are_answered_as_if_alone(manifest
     assert len(costs) == 3
 
 
+@pytest.mark.parametrize("budget", ["frame", "clip"])
+def test_a_joint_model_takes_clips_of_different_sizes_too(manifest, tmp_path, budget):
+    config = dataclasses.replace(CONFIG, encoder="joint", temporal_depth=0, budget=budget)
+    joint = make_checkpoint(tmp_path / "joint", config)
+    for row in Annotator(joint, 0.5, 3)(tokenize_table(manifest, config, EXACT)).to_pylist():
+        if row["status"] == "ok":
+            probabilities_C, num_kept = alone(joint, name_of(row), 0.5, EXACT)
+            scores = dict(zip(row["labels"], row["scores"], strict=True))
+            np.testing.assert_allclose([scores[label] for label in LABELS], probabilities_C, rtol=1e-4, atol=1e-6)
+            compute = clip_compute(config, 0.5, num_kept)
+            assert (row["flops"], row["kept_flops"], row["dense_flops"]) == (
+                compute.flops,
+                compute.kept_flops,
+                compute.dense_flops,
+            )
+            assert row["flops"] < row["kept_flops"] < row["dense_flops"] or num_kept == 80
+
+
 def test_scores_of_clips_of_different_sizes_are_those_of_each_alone(manifest, checkpoint):
     capacities = (0.3, 1.0)
     decoded = tokenize_table(manifest, CONFIG, EXACT)
