@@ -16,12 +16,13 @@ from jobs.cluster import connected
 from jobs.inputs import BUNDLED_MODEL, Archive, TokenArguments, load_model, make_output
 from jobs.progress import clips_progress
 from jobs.run_record import read_run, timestamp, totals_record, versions, write_run
+from mone.baselines import capacities_of
 from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint
 from pipelines.annotate import MANIFEST_DIR, Settings, write_annotations, write_manifest
 from pipelines.archive import list_videos
 from pipelines.commit import ANNOTATIONS_DIR
-from pipelines.ledger import Totals, count_rows, totals
+from pipelines.ledger import LedgerError, Totals, count_rows, totals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +64,15 @@ def annotate(config: Annotate) -> None:
     record = _open_record(make_output(config.output), config, checkpoint)
 
     started_s = time.time()
-    with connected(config.address):
-        if not planned:
-            print(f"plan      {len(videos):,} videos", file=sys.stderr)
-            write_manifest(videos, clip_plan, output)
-        with clips_progress(output / ANNOTATIONS_DIR, count_rows(output / MANIFEST_DIR)):
-            write_annotations(output, checkpoint, settings)
+    try:
+        with connected(config.address):
+            if not planned:
+                print(f"plan      {len(videos):,} videos", file=sys.stderr)
+                write_manifest(videos, clip_plan, output)
+            with clips_progress(output / ANNOTATIONS_DIR, count_rows(output / MANIFEST_DIR)):
+                write_annotations(output, checkpoint, settings)
+    except LedgerError as error:  # files of an earlier run that have been damaged since
+        raise UserError(str(error)) from error
     result = totals(output / ANNOTATIONS_DIR, frozenset(checkpoint.labels))
     record["sessions"].append({"started": timestamp(), "wall_s": round(time.time() - started_s, 3)})
     record["totals"] = totals_record(result)
@@ -88,6 +92,8 @@ def check(config: Annotate) -> tuple[Checkpoint, Settings]:
     checkpoint = load_model(config.model)
     with checking_input():
         check_capacity(config.capacity, checkpoint.config.num_experts)
+    # What runs is what the rows say: a fixed allocation has a capacity of its own, whatever is asked.
+    (capacity,) = capacities_of("mone", checkpoint.config, [config.capacity])
     for name in ("batch_size", "num_model_workers"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(config, name)}")
@@ -96,8 +102,8 @@ def check(config: Annotate) -> tuple[Checkpoint, Settings]:
     if not 0 <= config.max_failed_share <= 1:
         raise UserError(f"--max-failed-share must be between 0 and 1, got {config.max_failed_share:g}")
     return checkpoint, Settings(
-        capacity=config.capacity,
-        tokens=config.tokens,
+        capacity=capacity,
+        tokens=config.tokens(checkpoint.config),
         top_k=config.top_k,
         batch_size=config.batch_size,
         num_model_workers=config.num_model_workers,

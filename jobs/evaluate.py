@@ -49,7 +49,7 @@ class Evaluate(TokenArguments):
 def evaluate(config: Evaluate) -> None:
     """Run the job."""
     checkpoint = load_model(config.model)
-    plan, options = config.plan(checkpoint.config.span_s), config.tokens
+    plan = config.plan(checkpoint.config.span_s)
     with checking_input():
         if not config.capacity:
             raise UserError("give at least one --capacity")
@@ -57,8 +57,7 @@ def evaluate(config: Evaluate) -> None:
             check_capacity(capacity, checkpoint.config.num_experts)
         capacities = capacities_of(config.method, checkpoint.config, config.capacity)
         checkpoint = checkpoint.with_config(with_method(checkpoint.config, config.method))
-        if config.drop_static is not None and checkpoint.config.reduces_tokens:
-            raise UserError(f"--drop-static cannot be combined with --method {config.method}")
+        options = config.tokens(checkpoint.config)
         videos = _select(config, checkpoint)
     with connected(config.address):
         scored = list(
@@ -136,7 +135,7 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
     z, share = 1.96, right / total
     centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
     margin = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    return centre - margin, centre + margin
+    return max(0.0, centre - margin), min(1.0, centre + margin)  # at 0 and 1 but for rounding
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import tyro
 
 from jobs.cli import UserError, checking_input
 from mone.checkpoint import Checkpoint, read_checkpoint
+from mone.config import ModelConfig
 from pipelines.timeline import ClipPlan
 from pipelines.view import TokenOptions
 
@@ -51,15 +52,17 @@ class TokenArguments(ClipOptions):
     views: int = 1
     """Crops along the longer side of the video, whose probabilities are averaged; 3 is usual in papers."""
 
-    @property
-    def tokens(self) -> TokenOptions:
-        """The checked options.
+    def tokens(self, model: ModelConfig) -> TokenOptions:
+        """The options, checked.
 
         Raises:
-            UserError: Out of range, or both at once.
+            UserError: Out of range, both at once, or not possible with the model.
         """
         with checking_input():
-            return TokenOptions(views=self.views, drop_static=self.drop_static)
+            options = TokenOptions(views=self.views, drop_static=self.drop_static)
+        if options.drop_static is not None and model.reduces_tokens:
+            raise UserError(f"--drop-static cannot be combined with a model of allocation {model.allocation!r}")
+        return options
 
 
 def load_model(folder: str) -> Checkpoint:

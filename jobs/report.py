@@ -84,11 +84,10 @@ def _pictures(folder: Path, record: dict[str, Any], count: int) -> tuple[list[_S
     if checkpoint.model_id != record["identity"]["model_id"]:
         return [], f"{record['config']['model']} holds another model now"
     model, shown = checkpoint.build(), []
+    capacity, drop_static = record["identity"]["capacity"], record["config"].get("drop_static")
     for clip, row in _choose(folder, count):
         try:
-            pairs = preview(
-                clip, checkpoint, model, record["identity"]["capacity"], record["config"].get("drop_static")
-            )
+            pairs = preview(clip, checkpoint, model, capacity, drop_static)
         except DecodeFailure:
             continue
         shown.append(_Shown(row=row, pictures=[(_data_uri(plain), _data_uri(drawn)) for plain, drawn in pairs]))
@@ -123,11 +122,13 @@ def _legend(record: dict[str, Any]) -> list[tuple[str, str]]:
     colours = expert_colours(num_experts)
     shares = expert_shares(record["identity"]["capacity"], num_experts)
     names = ["full width" if i == num_experts - 1 else f"1/{2 ** (num_experts - 1 - i)}" for i in range(num_experts)]
+    dropping = record["config"].get("drop_static") is not None
+    kept = " that were kept" if dropping else ""
     legend = [
-        (f"rgb({r} {g} {b})", f"{name}: {share:.0%} of the patches")
+        (f"rgb({r} {g} {b})", f"{name}: {share:.0%} of the patches{kept}")
         for (r, g, b), name, share in zip(colours, names, shares, strict=True)
     ]
-    if record["config"].get("drop_static") is not None:
+    if dropping:
         legend.append(("rgb(0 0 0)", "dropped: it did not change"))
     return legend
 

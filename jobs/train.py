@@ -5,6 +5,7 @@ python -m jobs.train --recipe motions --data motions --output DIR
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,15 +98,22 @@ def _train_epochs(
 ) -> None:
     try:
         for report in trainer.run(clips):
-            trainer.save(output / STATE_FILE)
             scores = {}
             if len(held_out):
                 scores = {capacity: accuracy(trainer.averaged, held_out, capacity) for capacity in capacities}
-            with (output / METRICS_FILE).open("a") as metrics:
-                metrics.write(json.dumps(report._asdict() | {"val_top1": scores}) + "\n")
+            _write_metrics(output / METRICS_FILE, report, scores)
+            trainer.save(output / STATE_FILE)
             print(_line(report, scores), file=sys.stderr)
     except DivergedError as error:
         raise JobFailed(f"{error}; the state after epoch {trainer.epoch} is kept") from error
+
+
+def _write_metrics(path: Path, report: EpochReport, scores: dict[float, float]) -> None:
+    """Add the epoch's line; before its state is saved, in place of what a run stopped between the two has left."""
+    before = path.read_text().splitlines()[: report.epoch - 1] if path.exists() else []
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in [*before, json.dumps(report._asdict() | {"val_top1": scores})]))
+    partial.replace(path)
 
 
 def _line(report: EpochReport, scores: dict[float, float]) -> str:
@@ -118,7 +126,16 @@ def _line(report: EpochReport, scores: dict[float, float]) -> str:
 
 def _notes(config: Train, recipe: Recipe, output: Path) -> str:
     """For the model card: what was run, and the last epoch's figures."""
-    command = f"python -m jobs.train --recipe {config.recipe} --method {config.method} --data {config.data}"
+    options = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
+    always, never = ("data", "recipe", "method"), ("output", "device")
+    command = " ".join(
+        ["python -m jobs.train"]
+        + [
+            f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+            for name, (value, default) in options.items()
+            if name in always or (name not in never and value != default)
+        ]
+    )
     stages = ", then ".join(f"{stage.epochs} epochs of {stage.name} ({stage.routing})" for stage in recipe.train.stages)
     notes = f"`{command}`, seed {config.seed}: {stages}."
     if not (output / METRICS_FILE).exists():
@@ -178,6 +195,10 @@ def _adapt(recipe: Recipe, config: Train, num_classes: int) -> Recipe:
     stages, routing = recipe.train.stages, METHODS[config.method].routing
     if routing:
         stages = tuple(dataclasses.replace(stage, routing=routing) for stage in stages)
+    elif model.reduces_tokens:  # at full width throughout: there are no nested widths to train
+        stages = tuple(
+            dataclasses.replace(stage, routing="dense") if stage.routing == "nested" else stage for stage in stages
+        )
     if config.epochs:
         stages = tuple(dataclasses.replace(stage, epochs=config.epochs) for stage in stages)
     return Recipe(

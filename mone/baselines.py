@@ -30,7 +30,9 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "mone": Method(summary="the model as it is configured"),
-    "dense": Method(summary="every token at full width; one capacity, 1", routing="dense"),
+    "dense": Method(
+        summary="every token at full width; one capacity, 1", changes={"allocation": "mone"}, routing="dense"
+    ),
     "random_router": Method(summary="MoNE whose router knows nothing of the content", changes={"router": "random"}),
     "uniform": Method(
         summary="the same number of tokens for each expert (MoNE table 2)", changes={"allocation": "uniform"}

@@ -31,7 +31,7 @@ Floating-point operations, 2 per multiply-add.
 
 ## Use
 
-    python -m jobs.annotate ARCHIVE --output DIR --model THIS_FOLDER --capacity 0.4
+    python -m jobs.annotate ARCHIVE --output DIR --model THIS_FOLDER --capacity {capacity:g}
 """
 
 
@@ -44,6 +44,8 @@ def model_card(config: ModelConfig, labels: Sequence[str], notes: str, num_param
         notes: Where it comes from and how good it is, as Markdown; "" says that nothing is recorded.
         num_parameters: Of all tensors.
     """
+    smallest = config.widths[0] / config.dim
+    asked = [capacity for capacity in _CAPACITIES if capacity >= smallest]
     return _TEMPLATE.format(
         form=config.encoder.capitalize(),
         config=config,
@@ -51,14 +53,13 @@ def model_card(config: ModelConfig, labels: Sequence[str], notes: str, num_param
         widths=", ".join(map(str, config.widths)),
         num_labels=len(labels),
         labels=", ".join([*labels[:_SHOWN_LABELS], *(["..."] if labels[_SHOWN_LABELS:] else [])]),
-        costs="\n".join(_cost_rows(config)),
+        costs="\n".join(_cost_rows(config, asked)),
+        capacity=0.4 if 0.4 in asked else asked[0],
         notes=notes or "Nothing is recorded.",
     )
 
 
-def _cost_rows(config: ModelConfig) -> list[str]:
-    smallest = config.widths[0] / config.dim
-    asked = [capacity for capacity in _CAPACITIES if capacity >= smallest]
+def _cost_rows(config: ModelConfig, asked: Sequence[float]) -> list[str]:
     rows = []
     for capacity in capacities_of("mone", config, asked):
         cost = clip_compute(config, capacity)

@@ -41,12 +41,13 @@ class CommittedFiles(Datasink[None]):
         Raises:
             FileNotFoundError: Another run has taken over.
         """
-        table = pa.concat_tables([BlockAccessor.for_block(block).to_arrow() for block in blocks])
-        if not len(table):
+        # Ray's empty blocks may lack a schema.
+        tables = [table for table in (BlockAccessor.for_block(block).to_arrow() for block in blocks) if len(table)]
+        if not tables:
             return
         staged = self.staging / f"{self.run}-{ctx.task_idx:06d}.parquet"
         with staged.open("wb") as file:
-            pq.write_table(table.cast(ANNOTATIONS), file)
+            pq.write_table(pa.concat_tables(tables).cast(ANNOTATIONS), file)
             file.flush()
             os.fsync(file.fileno())
         staged.replace(self.target / staged.name)

@@ -12,8 +12,8 @@ class View:
     Attributes:
         num_frames: T, at the centres of T equal parts of the span.
         height_px, width_px: Size of a frame.
-        crops: Windows of that size along the longer side; 1 is the centre. With more, frames keep their longer side,
-            and `windows` cuts them.
+        crops: Windows of that size along the longer side; 1 is the centre. With more, decoded frames hold them side by
+            side, [H, V W, 3], and `windows` takes them apart: of one size, even where a stream changes its own.
     """
 
     num_frames: int
@@ -27,14 +27,15 @@ class View:
         return max(self.width_px, round(width_px * scale)), max(self.height_px, round(height_px * scale))
 
     def crop(self, frames_THWC: np.ndarray) -> np.ndarray:
-        """What is kept of scaled frames [..., H, W, 3]: the centre, or all where several windows are wanted."""
-        return self._window(frames_THWC, 0.5) if self.crops == 1 else frames_THWC
+        """What is kept of scaled frames [..., H, W, 3]: the centre, or several windows side by side."""
+        if self.crops == 1:
+            return self._window(frames_THWC, 0.5)
+        windows = [self._window(frames_THWC, place) for place in np.linspace(0, 1, self.crops)]
+        return np.concatenate(windows, axis=-2)
 
     def windows(self, frames_THWC: np.ndarray) -> list[np.ndarray]:
         """Decoded frames in the size of the view, from one end of the longer side to the other."""
-        if self.crops == 1:
-            return [frames_THWC]
-        return [self._window(frames_THWC, place) for place in np.linspace(0, 1, self.crops)]
+        return np.split(frames_THWC, self.crops, axis=-2)
 
     def _window(self, frames_THWC: np.ndarray, place: float) -> np.ndarray:
         top = int((frames_THWC.shape[-3] - self.height_px) * place)

@@ -184,14 +184,16 @@ def test_an_output_that_is_a_file_or_below_one(refused, archive, model_folder, t
     assert (tmp_path / "a-file").read_text() == "kept"
 
 
+BAD_TOKENS = ["--drop-static=-1", "--drop-static=256", "--drop-static=nan", "--views=0", "--views=1.5"]
 BAD_NUMBERS = {
     "annotate": [
         *("--span=-1", "--span=nan", "--span=inf", "--stride=-0.5", "--stride=nan", "--clips-per-video=-1"),
         *("--clips-per-video=2.5", "--batch-size=-1", "--num-model-workers=-1", "--top-k=0", "--top-k=-3"),
         *("--max-failed-share=-0.1", "--max-failed-share=1.5", "--max-failed-share=nan"),
+        *BAD_TOKENS,
     ],
     "plan": ["--span=-1", "--stride=-1", "--clips-per-video=-1", "--span=long"],
-    "evaluate": ["--span=-1", "--stride=-1", "--clips-per-video=-1"],
+    "evaluate": ["--span=-1", "--stride=-1", "--clips-per-video=-1", *BAD_TOKENS],
     "train": ["--num-clips=-1", "--epochs=-1", "--epochs=many"],
     "render": ["--clips=0", "--size=-64", "--size=65", "--size=30", "--frames=1", "--frames=-1"],
 }

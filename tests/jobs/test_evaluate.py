@@ -107,7 +107,8 @@ def test_the_last_line_of_stdout_is_json(half_right, model_folder):
 
 
 def scored(video: str, label: str, *probabilities: list[float], error: str = "") -> ScoredClip:
-    return ScoredClip(video, label, error, np.array(probabilities, dtype=np.float32))
+    costs = tuple(100 + number for number in range(len(probabilities)))
+    return ScoredClip(video, label, error, np.array(probabilities, dtype=np.float32), costs, 1000 if costs else 0)
 
 
 def padded(**of_label: float) -> list[float]:
@@ -115,7 +116,7 @@ def padded(**of_label: float) -> list[float]:
 
 
 def result_of(clips: list[ScoredClip], checkpoint, capacity: tuple[float, ...] = (0.4,)) -> dict:
-    return jobs.evaluate._result(clips, Evaluate(data="d", capacity=capacity), checkpoint)
+    return jobs.evaluate._result(clips, capacity, Evaluate(data="d", capacity=capacity), checkpoint)
 
 
 def test_a_video_is_judged_by_the_mean_of_its_clips(checkpoint):
@@ -148,6 +149,8 @@ def test_an_undecodable_video_is_wrong_and_named_and_a_clip_of_one_is_left_out(c
         "/videos/gone.mp4": "missing: no such file",
         "/videos/half.mp4": "decode_error: damaged",
     }
+    row = result["results"][0]  # operations are those of the clips that were run
+    assert (row["flops_per_clip"], row["dense_flops_per_clip"]) == (100, 1000)
 
 
 def test_two_failures_of_one_name_are_both_named(checkpoint):
@@ -173,3 +176,10 @@ def test_the_interval_is_wilsons(right, total, low, high):
     assert wilson_interval(right, total) == pytest.approx((low, high), abs=1e-4)
     mirrored_low, mirrored_high = wilson_interval(total - right, total)
     assert (1 - mirrored_high, 1 - mirrored_low) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_interval_is_one_of_shares():
+    for total in range(1, 60):
+        for right in (0, total // 2, total):
+            low, high = wilson_interval(right, total)
+            assert 0 <= low < high <= 1

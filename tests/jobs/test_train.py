@@ -152,13 +152,15 @@ def test_stopped_after_an_epoch_it_continues_to_the_same_model(threads, data, tm
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
 
 
-@pytest.mark.xfail(strict=True, reason="the state is saved before the epoch's line of metrics is written")
-def test_every_epoch_has_its_line_of_metrics_even_if_stopped_between(threads, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_every_epoch_has_one_line_of_metrics_wherever_it_is_stopped(threads, data, tmp_path, monkeypatch, moment):
     save, saved = jobs.train.Trainer.save, []
 
     def save_and_stop(trainer, path):
-        save(trainer, path)
         saved.append(path)
+        if len(saved) == 1 and moment == "before":
+            raise KeyboardInterrupt
+        save(trainer, path)
         if len(saved) == 1:
             raise KeyboardInterrupt
 

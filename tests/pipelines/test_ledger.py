@@ -144,10 +144,20 @@ def test_totals_are_sums(tmp_path):
     assert (found.labelled, found.right) == (2, 1)  # "swim" is not a class of the model, "" is no label
 
 
+def test_what_was_saved_is_what_was_dropped_and_what_was_routed(tmp_path):
+    files = [[row("ok", label="run", flops=10, kept_flops=60, dense_flops=100)], [row("missing", kept_flops=None)]]
+    files.append([row("ok", label="run", flops=30, kept_flops=100, dense_flops=100)])
+    found = totals(write(tmp_path / "annotations", ANNOTATIONS, *files), frozenset())
+    assert (found.flops, found.kept_flops, found.dense_flops) == (40, 160, 200)
+    assert (found.saved_share, found.dropped_share) == pytest.approx((0.8, 0.2))
+    assert found.routed_share == pytest.approx(0.6)
+
+
 def test_totals_of_failures_alone(tmp_path):
     annotations = write(tmp_path / "annotations", ANNOTATIONS, [row("missing", error="gone")])
     found = totals(annotations, frozenset())
     assert (found.clips, found.failed, found.hours, found.flops, found.saved_share) == (1, 1, 0, 0, 0)
+    assert (found.dropped_share, found.routed_share) == (0, 0)
 
 
 def test_a_null_counts_as_nothing(tmp_path):

@@ -11,6 +11,8 @@ from mone.capacity import token_counts
 from mone.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from mone.config import ModelConfig
 from mone.model import ViViT
+from mone.static import kept_patches
+from mone.tubelets import to_patches
 from pipelines.archive import Video
 from pipelines.manifest import plan_video
 from pipelines.preview import draw, expert_colours, expert_maps, jpeg, preview
@@ -58,6 +60,24 @@ def test_the_map_is_laid_out_as_the_picture(checkpoint, seed):
     frames = np.kron(bright_FRC.repeat(2, axis=0), np.ones((1, 16, 16))).astype(np.uint8)[..., None] * np.full(3, 255)
     maps_FRC = expert_maps(model, frames.astype(np.uint8), 0.5)
     np.testing.assert_array_equal(maps_FRC == 3, bright_FRC)
+
+
+@pytest.mark.parametrize("capacity", [0.125, 0.5, 1.0])
+def test_the_map_has_an_expert_where_a_patch_was_kept_and_none_where_it_was_dropped(checkpoint, capacity):
+    frames = indexed_frames(1, first=90).repeat(12, axis=0)
+    frames[:, 16:32, 32:48] = np.arange(12, dtype=np.uint8)[:, None, None, None] * 20
+    kept_K = kept_patches(to_patches(frames, CONFIG), 0)
+    kept = np.isin(np.arange(96), kept_K).reshape(6, 4, 4)
+    assert 16 < kept.sum() < 96 and kept[:, 1, 2].all()
+    maps_FRC = expert_maps(checkpoint.build(), frames, capacity, 0)
+    np.testing.assert_array_equal(maps_FRC >= 0, kept)
+    assert tuple(np.bincount(maps_FRC[kept], minlength=4)) == CONFIG.token_counts(capacity, len(kept_K))
+
+
+def test_patches_that_were_dropped_are_dimmed():
+    frame = indexed_frames(1, first=90)[0]
+    drawn = draw(frame, np.full((4, 4), -1), 4)
+    np.testing.assert_allclose(drawn, 0.55 * frame, atol=1)
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 4, 6])
