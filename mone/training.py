@@ -89,7 +89,9 @@ class Stage:
         """Tokens of each expert for one step."""
         if self.routing == "mone":
             return model.token_counts(self.capacities[_draw(len(self.capacities), generator)])
-        expert = model.num_experts - 1 if self.routing == "dense" else _draw(model.num_experts, generator)
+        # ToMe has no narrow experts: merging nothing is all that it can do here.
+        dense = self.routing == "dense" or model.allocation == "tome"
+        expert = model.num_experts - 1 if dense else _draw(model.num_experts, generator)
         return tuple(model.tokens_per_budget() * (index == expert) for index in range(model.num_experts))
 
 

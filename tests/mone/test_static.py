@@ -35,7 +35,9 @@ def clips(draw):
     """uint8 [F, N, P] in which patches drift, jump or stay."""
     shape = draw(st.integers(1, 7)), draw(st.integers(1, 20)), draw(st.integers(1, 6))
     generator = np.random.default_rng(draw(st.integers(0, 2**31)))
-    steps = generator.integers(-4, 5, shape) * (generator.random((*shape[:2], 1)) < draw(st.sampled_from([0.1, 0.5, 1])))
+    steps = generator.integers(-4, 5, shape) * (
+        generator.random((*shape[:2], 1)) < draw(st.sampled_from([0.1, 0.5, 1]))
+    )
     steps[0] = generator.integers(60, 180, shape[1:])
     return np.clip(steps.cumsum(0), 0, 255).astype(np.uint8)
 
