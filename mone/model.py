@@ -95,6 +95,9 @@ class ViViT(nn.Module):
             raise ValueError(f"static patches cannot be dropped with allocation {config.allocation!r}")
         if shape != [*kept_BK.shape, config.patch_values]:
             raise ValueError(f"patches are {shape}, their places {list(kept_BK.shape)}")
+        first, every = config.num_tokens, config.num_indices * config.num_tokens
+        if not first <= shape[1] <= every:
+            raise ValueError(f"{shape[1]} patches are kept, not from {first} (a whole first frame) to {every}")
 
 
 def to_float(patches_BKP: Tensor, config: ModelConfig, dtype: torch.dtype, kept_BK: Tensor | None = None) -> Tensor:

@@ -41,9 +41,7 @@ def reference(
     x = torch.cat([x, *[state["encoder.class_token_KD"]] * (rows - len(places))])
     for index, alpha in enumerate(state["encoder.alpha_L"]):
         x = block(state, f"encoder.blocks.{index}", config, x, frames, mask, alpha * weights + 1)
-    pooled = [
-        x[len(places) + f] if config.pooling == "cls" else x[members].mean(0) for f, (_, members) in enumerate(frames)
-    ]
+    pooled = list(x[len(places) :]) if config.pooling == "cls" else [x[members].mean(0) for _, members in frames]
     x = layer_norm(state, "encoder.norm", torch.stack(pooled), config.norm_eps)
     if not config.temporal_depth:
         return linear(state, "head", x.mean(0))

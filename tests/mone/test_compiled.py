@@ -13,7 +13,7 @@ from mone.compiled import AtCapacity, compiled
 from tests.mone.conftest import VARIANTS, small_model, some_inputs, variant
 
 # Two of them have the same counts.
-CAPACITIES = (0.15, 0.25, 0.35, 0.3501, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
+CAPACITIES = (0.15, 0.35, 0.3501, 0.65, 0.95)
 SHALLOW = {"depth": 1, "height_px": 8}  # 8 tokens
 
 
@@ -40,8 +40,9 @@ def shallow(name, batch=2, **changes):
     return small_model(config, alpha=0.5, dtype=torch.float32), some_inputs(config, num_kept and 11, batch)
 
 
+@torch._dynamo.config.patch(recompile_limit=2)  # 8 without it: the same in a third of the time
 def test_training_over_a_set_of_capacities_compiles_once_for_each_set_of_counts():
-    model, inputs = shallow("factorised", height_px=12, dropout=0.1, drop_path=0.1)
+    model, inputs = shallow("factorised", dropout=0.1, drop_path=0.1)
     counter = CompileCounterWithBackend("eager")
     run = compiled(model.train(), backend=counter)
     distinct = {model.config.token_counts(capacity) for capacity in CAPACITIES}
@@ -58,7 +59,7 @@ def test_training_over_a_set_of_capacities_compiles_once_for_each_set_of_counts(
     assert len(shapes) == 1
 
 
-@variants("joint, clip budget", "token drop", "joint tome, mean", "kept", "motion, kept, centred")
+@variants("joint, clip budget", "joint tome, mean", "motion, kept, centred")
 @torch.no_grad()
 def test_no_graph_breaks_and_the_same_answers(name):
     model, inputs = shallow(name)
@@ -69,7 +70,7 @@ def test_no_graph_breaks_and_the_same_answers(name):
     assert actual.plan.counts == expected.plan.counts
 
 
-@variants("clip budget, mean", "joint", "random")
+@variants("clip budget, mean")
 def test_a_compiled_training_step_has_the_gradients_of_an_eager_one(name):
     model, inputs = shallow(name, dropout=0.1, drop_path=0.2)
     model.train()
@@ -97,7 +98,7 @@ def test_inductor_gives_the_same_answers(name):
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
-@variants("factorised", "kept, mean")
+@variants("kept, mean")
 @torch.no_grad()
 def test_an_exported_model_takes_any_batch_size_from_its_file(name, strict):
     model, inputs = shallow(name, batch=3)

@@ -117,3 +117,10 @@ def test_places_have_the_shape_of_their_patches():
     inputs = some_inputs(variant("kept")[0], 15)
     with pytest.raises(ValueError, match=r"patches are \[2, 14, 96\], their places \[2, 15\]"):
         ViViT(variant("kept")[0])(inputs["patches"][:, :14], kept_BK=inputs["kept_BK"])
+
+
+@pytest.mark.parametrize("num_kept", [11, 25])
+def test_a_clip_without_its_first_frame_is_refused(num_kept):
+    kept_BK, patches = torch.arange(num_kept).expand(2, -1), torch.zeros(2, num_kept, 96, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf"{num_kept} patches are kept, not from 12 \(a whole first frame\) to 24"):
+        ViViT(variant("kept")[0])(patches, kept_BK=kept_BK)
