@@ -3,7 +3,6 @@
 Shapes: S sequences, N tokens (with class tokens, which come last and never merge), D features, R tokens merged away.
 """
 
-from fractions import Fraction
 from typing import cast
 
 import torch
@@ -32,7 +31,7 @@ def merging_schedule(mean_tokens: int, num_tokens: int, depth: int) -> tuple[int
     low, high = 0, num_tokens // 2
     while low < high:
         middle = (low + high) // 2
-        if _tokens_seen(_steps(middle, num_tokens, depth), num_tokens) <= mean_tokens * depth:
+        if _thirds_seen(_steps(middle, num_tokens, depth), num_tokens) <= 3 * mean_tokens * depth:
             high = middle
         else:
             low = middle + 1
@@ -47,13 +46,13 @@ def _steps(merged: int, num_tokens: int, depth: int) -> tuple[int, ...]:
     return tuple(steps)
 
 
-def _tokens_seen(steps: tuple[int, ...], num_tokens: int) -> Fraction:
-    """Sum over the blocks."""
-    seen = Fraction(0)
+def _thirds_seen(steps: tuple[int, ...], num_tokens: int) -> int:
+    """Three times the sum of what the blocks see."""
+    thirds = 0
     for step in steps:
-        seen += num_tokens - Fraction(2 * step, 3)
+        thirds += 3 * num_tokens - 2 * step
         num_tokens -= step
-    return seen
+    return thirds
 
 
 class MergingEncoder(NestedEncoder):
