@@ -33,7 +33,8 @@ class Neighbours(NamedTuple):
 
     def join(self, x_GMX: Tensor) -> Tensor:
         """Frames [S F, M, X] to rows [S, N, X]."""
-        return take(x_GMX.reshape(len(self.home_SN), -1, x_GMX.shape[-1]), self.home_SN)
+        num_frames, num_slots = self.slot_SFM.shape[1:]
+        return take(x_GMX.reshape(-1, num_frames * num_slots, x_GMX.shape[-1]), self.home_SN)
 
 
 def last_kept(kept_BK: Tensor, num_indices: int, num_tokens: int) -> Tensor:
@@ -106,7 +107,7 @@ class Branch(nn.Module):
         if self.dropout:
             x_SND = F.dropout(x_SND, self.dropout)
         if self.drop_path:
-            kept = torch.rand(len(x_SND), 1, 1, device=x_SND.device) >= self.drop_path
+            kept = torch.rand(x_SND.shape[0], 1, 1, device=x_SND.device) >= self.drop_path
             x_SND = x_SND * (kept / (1 - self.drop_path)).to(x_SND.dtype)
         return x_SND
 

@@ -43,7 +43,7 @@ class Checkpoint:
         """The same weights under another config of the same sizes, such as a baseline's; a router it lacks is left out.
 
         Raises:
-            CheckpointError: Weights that do not belong to the config.
+            CheckpointError: Weights that cannot be read. (Whether they fit the config, `build` finds out.)
         """
         if config == self.config:
             return self

@@ -110,7 +110,10 @@ class ModelConfig:
         if name in ("dropout", "drop_path"):
             if not (is_number and 0 <= value < 1):
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
-        elif not is_number or value < 0 or (value == 0 and name not in ("temporal_depth", "pool_norm_eps")):
+        elif name in ("temporal_depth", "pool_norm_eps"):
+            if not (is_number and value >= 0):
+                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+        elif not is_number or value <= 0:
             raise ValueError(f"{name} must be a positive {kind.__name__}, got {value!r}")
 
     def _require_multiple(self, name: str, divisor: str) -> None:
@@ -170,6 +173,11 @@ class ModelConfig:
         """Budgets of a clip: F or 1."""
         return self.num_indices if self.budget_per_frame(num_kept) else 1
 
+    def tokens_per_budget(self, num_kept: int | None = None) -> int:
+        """Routed tokens that share a budget: those of a frame, or of the clip."""
+        tokens = self.num_indices * self.num_tokens if num_kept is None else num_kept
+        return tokens // self.num_budgets(num_kept)
+
     def token_counts(self, capacity: float, num_kept: int | None = None) -> tuple[int, ...]:
         """Tokens of each expert under one budget at an effective capacity, smallest expert first.
 
@@ -180,8 +188,7 @@ class ModelConfig:
         Raises:
             ValueError: A capacity out of range.
         """
-        tokens = self.num_indices * self.num_tokens if num_kept is None else num_kept
-        return token_counts(capacity, tokens // self.num_budgets(num_kept), self.num_experts, self.allocation)
+        return token_counts(capacity, self.tokens_per_budget(num_kept), self.num_experts, self.allocation)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":

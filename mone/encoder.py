@@ -2,6 +2,7 @@
 
 Shapes: B clips, F temporal indices, N tokens per index, K = F N tokens of a clip (fewer where static patches were
 dropped), D model features, P values per patch, S sequences, L blocks, G = F vectors of a clip (joint: G = 1).
+Batch sizes are read as x.shape[0]: len(x) would fix the batch size of an exported program.
 """
 
 import torch
@@ -47,7 +48,7 @@ class NestedEncoder(nn.Module):
         Returns:
             A vector per frame (joint: per clip) [B, G, D], and the plan, [S, ...] with a sequence per budget.
         """
-        config, batch = self.config, len(x_BKD)
+        config, batch = self.config, x_BKD.shape[0]
         x_BKD = F.dropout(x_BKD + self._positions(kept_BK), config.dropout, self.training)
         per_frame = config.budget_per_frame(None if kept_BK is None else kept_BK.shape[1])
         num_budgets = config.num_indices if per_frame else 1
@@ -66,7 +67,7 @@ class NestedEncoder(nn.Module):
         x_SND = take(x_SND, order_SN)
         # Class tokens join the full expert at the end; they have no r_j, so their gain is 1.
         classes_KD = self.class_token_KD.repeat(num_class_tokens, 1)[:num_class_tokens]
-        x_SND = torch.cat([x_SND, classes_KD.expand(len(x_SND), -1, -1)], dim=1)
+        x_SND = torch.cat([x_SND, classes_KD.expand(x_SND.shape[0], -1, -1)], dim=1)
         weight_SN1 = F.pad(weight_SN1, (0, 0, 0, num_class_tokens))
         segments = segments_of(counts, config.widths, num_class_tokens)
         for block, alpha in zip(self.blocks, self.bounded_alphas(), strict=True):
@@ -87,7 +88,7 @@ class NestedEncoder(nn.Module):
 
     def _frames(self, order_BK: Tensor, kept_BK: Tensor | None) -> Neighbours:
         """Frames that attend within themselves though the rows of a clip are sorted by expert."""
-        config, batch = self.config, len(order_BK)
+        config, batch = self.config, order_BK.shape[0]
         num_indices, num_tokens, num_class_tokens = config.num_indices, config.num_tokens, config.num_class_tokens
         num_rows = order_BK.shape[1]
         if kept_BK is None:
@@ -126,7 +127,7 @@ class TemporalEncoder(nn.Module):
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] -> [B, D]."""
-        x_BFD = torch.cat([x_BFD + self.position_FD, self.class_token_KD.expand(len(x_BFD), -1, -1)], dim=1)
+        x_BFD = torch.cat([x_BFD + self.position_FD, self.class_token_KD.expand(x_BFD.shape[0], -1, -1)], dim=1)
         everything = (Segment(0, x_BFD.shape[1], x_BFD.shape[2]),)
         for block in self.blocks:
             x_BFD = block(x_BFD, everything)

@@ -3,7 +3,6 @@
 Shapes: S sequences, N tokens (with class tokens, which come last and never merge), D features, R tokens merged away.
 """
 
-from functools import lru_cache
 from typing import cast
 
 import torch
@@ -16,29 +15,44 @@ from mone.encoder import NestedEncoder
 from mone.routing import RoutingPlan
 
 
-@lru_cache(maxsize=1024)
+@torch.compiler.assume_constant_result
 def merging_schedule(mean_tokens: int, num_tokens: int, depth: int) -> tuple[int, ...]:
     """Tokens that each block merges away, so that the blocks see at most mean_tokens on average.
 
-    ToMe takes the same number R in every block, at most half of what is left. A block's attention projections (4 D^2
-    of its 12 D^2 multiply-adds) see the tokens before merging, its MLP (8 D^2) those after.
+    ToMe takes the same number R in every block, at most half of what is left: the smallest R that does, or else the
+    largest there is. A block's attention projections (4 D^2 of its 12 D^2 multiply-adds) see the tokens before merging,
+    its MLP (8 D^2) those after.
 
     Args:
         mean_tokens: Target of the average.
         num_tokens: N, without class tokens.
         depth: Blocks.
     """
-    schedule: list[int] = []
-    for merged in range(num_tokens // 2 + 1):
-        tokens, schedule, seen = num_tokens, [], 0.0
-        for _ in range(depth):
-            step = min(merged, tokens // 2)
-            seen += tokens / 3 + (tokens - step) * 2 / 3
-            tokens -= step
-            schedule.append(step)
-        if seen <= mean_tokens * depth + 1e-6:
-            break
-    return tuple(schedule)
+    low, high = 0, num_tokens // 2
+    while low < high:
+        middle = (low + high) // 2
+        if _thirds_seen(_steps(middle, num_tokens, depth), num_tokens) <= 3 * mean_tokens * depth:
+            high = middle
+        else:
+            low = middle + 1
+    return _steps(high, num_tokens, depth)
+
+
+def _steps(merged: int, num_tokens: int, depth: int) -> tuple[int, ...]:
+    steps: list[int] = []
+    for _ in range(depth):
+        steps.append(min(merged, num_tokens // 2))
+        num_tokens -= steps[-1]
+    return tuple(steps)
+
+
+def _thirds_seen(steps: tuple[int, ...], num_tokens: int) -> int:
+    """Three times the sum of what the blocks see."""
+    thirds = 0
+    for step in steps:
+        thirds += 3 * num_tokens - 2 * step
+        num_tokens -= step
+    return thirds
 
 
 class MergingEncoder(NestedEncoder):
@@ -53,12 +67,12 @@ class MergingEncoder(NestedEncoder):
             A vector per frame (joint: per clip) [B, G, D], and a plan that gives every token to the full expert.
         """
         assert kept_BK is None
-        config, batch = self.config, len(x_BKD)
+        config, batch = self.config, x_BKD.shape[0]
         x_BKD = F.dropout(x_BKD + self._positions(None), config.dropout, self.training)
         frames = config.num_indices
         x_SND = x_BKD if config.joint else x_BKD.unflatten(1, (frames, -1)).flatten(0, 1)
         schedule = merging_schedule(counts[-1] * (frames if config.joint else 1), x_SND.shape[1], config.depth)
-        x_SND = torch.cat([x_SND, self.class_token_KD.expand(len(x_SND), -1, -1)], dim=1)
+        x_SND = torch.cat([x_SND, self.class_token_KD.expand(x_SND.shape[0], -1, -1)], dim=1)
         size_SN1 = x_SND.new_ones(*x_SND.shape[:2], 1)
         for block, merged in zip(self.blocks, schedule, strict=True):
             x_SND, size_SN1 = self._merging_block(cast(Block, block), x_SND, size_SN1, merged)
@@ -73,7 +87,8 @@ class MergingEncoder(NestedEncoder):
         q, k, v = rearrange(qkv_SNX, "s n (three h k) -> three s h n k", three=3, h=attention.num_heads).unbind(0)
         # Proportional attention (ToMe equation 1): a token weighs as many patches as it stands for.
         bias = size_SN1.log().transpose(1, 2).unsqueeze(1).to(q.dtype)
-        mixed = F.scaled_dot_product_attention(q, k, v, bias.expand(-1, 1, q.shape[2], -1))
+        dropout = attention.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, bias.expand(-1, 1, q.shape[2], -1), dropout)
         mixed_SND = rearrange(mixed, "s h n k -> s n (h k)")
         x_SND = x_SND + block.branch(F.linear(mixed_SND, attention.out.weight, attention.out.bias))
         if merged:

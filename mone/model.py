@@ -68,17 +68,18 @@ class ViViT(nn.Module):
         config = self.config
         self._check_shape(patches, kept_BK)
         num_kept = None if kept_BK is None else kept_BK.shape[1]
-        everything = config.token_counts(1.0, num_kept)
+        tokens = config.tokens_per_budget(num_kept)
         if counts is None:
             counts = config.token_counts(capacity, num_kept)
-        if len(counts) != config.num_experts or (sum(counts) != sum(everything) and not config.reduces_tokens):
-            raise ValueError(f"counts {counts} do not split {sum(everything)} tokens over {config.num_experts} experts")
+        fewest = 1 if config.reduces_tokens else tokens
+        if len(counts) != config.num_experts or min(counts) < 0 or not fewest <= sum(counts) <= tokens:
+            raise ValueError(f"counts {counts} do not split {tokens} tokens over {config.num_experts} experts")
         patches_BKP = patches.flatten(1, -2)
         pixels_BKP = to_float(patches_BKP, config, self.embed.weight.dtype, kept_BK)
         vectors_BGD, plan = self.encoder(self.embed(pixels_BKP), patches_BKP, counts, kept_BK)
         logits_BC = self.head(self.temporal(vectors_BGD))
         if config.budget_per_frame(num_kept):
-            frames = (len(patches), config.num_indices)
+            frames = (patches.shape[0], config.num_indices)
             order, expert, weight = (tensor.unflatten(0, frames) for tensor in plan[:3])
             plan = RoutingPlan(order, expert, weight, plan.counts)
         return Prediction(logits_BC, plan)
@@ -94,6 +95,9 @@ class ViViT(nn.Module):
             raise ValueError(f"static patches cannot be dropped with allocation {config.allocation!r}")
         if shape != [*kept_BK.shape, config.patch_values]:
             raise ValueError(f"patches are {shape}, their places {list(kept_BK.shape)}")
+        first, every = config.num_tokens, config.num_indices * config.num_tokens
+        if not first <= shape[1] <= every:
+            raise ValueError(f"{shape[1]} patches are kept, not from {first} (a whole first frame) to {every}")
 
 
 def to_float(patches_BKP: Tensor, config: ModelConfig, dtype: torch.dtype, kept_BK: Tensor | None = None) -> Tensor:

@@ -19,12 +19,18 @@ def kept_patches(patches_FNP: np.ndarray, threshold: float) -> np.ndarray:
 
     A patch is static where its mean absolute difference from the last kept patch of its place is at most the
     threshold. RLT compares with the frame before; against the last one kept, a slow change cannot go unseen. K is
-    rounded up to a level by keeping the most changed of the static ones.
+    rounded up to a level by keeping the most changed of the static ones. (Such a patch stands for the dropped ones that
+    follow it at its place, which are then within twice the threshold of it.)
 
     Args:
         patches_FNP: uint8 patches of one clip.
         threshold: In grey levels of 255. 0 drops exact repeats only.
+
+    Raises:
+        ValueError: A threshold that is no grey level.
     """
+    if not 0 <= threshold <= 255:
+        raise ValueError(f"threshold must be between 0 and 255 grey levels, got {threshold}")
     num_indices, num_tokens, _ = patches_FNP.shape
     change_FN = np.full((num_indices, num_tokens), np.inf)
     shown_NP = patches_FNP[0].astype(np.int16)

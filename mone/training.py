@@ -87,14 +87,16 @@ class Stage:
 
     def draw_counts(self, model: ModelConfig, generator: torch.Generator) -> tuple[int, ...]:
         """Tokens of each expert for one step."""
-        if self.routing == "dense":
-            return model.token_counts(1.0)
-        choices = model.num_experts if self.routing == "nested" else len(self.capacities)
-        drawn = int(torch.randint(choices, (), generator=generator))
-        if self.routing == "nested":
-            tokens = sum(model.token_counts(1.0))
-            return tuple(tokens * (index == drawn) for index in range(model.num_experts))
-        return model.token_counts(self.capacities[drawn])
+        if self.routing == "mone":
+            return model.token_counts(self.capacities[_draw(len(self.capacities), generator)])
+        # ToMe has no narrow experts: merging nothing is all that it can do here.
+        dense = self.routing == "dense" or model.allocation == "tome"
+        expert = model.num_experts - 1 if dense else _draw(model.num_experts, generator)
+        return tuple(model.tokens_per_budget() * (index == expert) for index in range(model.num_experts))
+
+
+def _draw(choices: int, generator: torch.Generator) -> int:
+    return int(torch.randint(choices, (), generator=generator))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,6 +52,57 @@ def some_patches(config: ModelConfig, batch: int = 2, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
+JOINT = {"encoder": "joint", "temporal_depth": 0}
+# Every way to encode a clip and to spend a capacity.
+VARIANTS = {
+    "factorised": {},
+    "factorised, mean": {"pooling": "mean"},
+    "joint": JOINT,
+    "joint, mean": {**JOINT, "pooling": "mean"},
+    "clip budget": {"budget": "clip"},
+    "clip budget, mean": {"budget": "clip", "pooling": "mean"},
+    "joint, clip budget": {**JOINT, "budget": "clip"},
+    "frame average": {"temporal_depth": 0},
+    "motion": {"router": "motion"},
+    "random": {"router": "random"},
+    "uniform": {"allocation": "uniform"},
+    "proportionate": {"allocation": "proportionate"},
+    "submodel": {"allocation": "submodel"},
+    "token drop": {"allocation": "token_drop", "router": "random"},
+    "joint token drop": {**JOINT, "allocation": "token_drop", "pooling": "mean"},
+    "tome": {"allocation": "tome"},
+    "joint tome, mean": {**JOINT, "allocation": "tome", "pooling": "mean"},
+    "kept": {"kept": 15},
+    "kept, mean": {"kept": 15, "pooling": "mean"},
+    "joint, kept": {**JOINT, "kept": 15},
+    "motion, kept, centred": {"kept": 15, "router": "motion", "pixels": "centred"},
+}
+
+
+def variant(name: str, **changes) -> tuple[ModelConfig, int | None]:
+    """A config of VARIANTS, and how many patches of its clips are kept where static ones are dropped."""
+    changes = {**VARIANTS[name], **changes}
+    num_kept = changes.pop("kept", None)
+    return small_config(**changes), num_kept
+
+
+def some_inputs(config: ModelConfig, num_kept: int | None, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    """Arguments of the model: noise, of which each clip keeps other places than its neighbours."""
+    patches = some_patches(config, batch, seed)
+    if num_kept is None:
+        return {"patches": patches}
+    generator = torch.Generator().manual_seed(seed)
+    first, others = config.num_tokens, (config.num_indices - 1) * config.num_tokens
+    later = [torch.randperm(others, generator=generator)[: num_kept - first] + first for _ in range(batch)]
+    kept_BK = torch.stack([torch.cat([torch.arange(first), places.sort().values]) for places in later])
+    return {"patches": keep(patches, kept_BK), "kept_BK": kept_BK}
+
+
+def keep(patches_BFNP: Tensor, kept_BK: Tensor) -> Tensor:
+    """The patches at these places, [B, K, P]."""
+    return torch.stack([clip[kept] for clip, kept in zip(patches_BFNP.flatten(1, 2), kept_BK, strict=True)])
+
+
 def slow_routing(probabilities: list[list[float]], counts: tuple[int, ...]) -> list[int]:
     """MoNE algorithm 1 for one sequence, with loops: the expert of each token."""
     free, expert_of = list(range(len(probabilities))), {}

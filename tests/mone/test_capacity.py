@@ -10,6 +10,7 @@ from mone.capacity import (
     PREFERENCE_BASE,
     effective_capacity,
     expert_shares,
+    fixed_capacity,
     relative_widths,
     token_counts,
 )
@@ -136,3 +137,48 @@ def test_equal_shares_lose_no_token_to_rounding(num_tokens):
 @pytest.mark.parametrize(("counts", "capacity"), [((8, 0, 0, 0), 0.125), ((0, 0, 0, 3), 1.0), ((2, 2), 0.75)])
 def test_effective_capacity_by_hand(counts, capacity):
     assert effective_capacity(counts) == capacity
+
+
+# --- baselines ---
+
+
+@given(capacities(), st.integers(1, 400), st.sampled_from([("uniform", 0), ("proportionate", -1)]))
+def test_fixed_rules_split_by_their_own_shares_whatever_is_asked(case, num_tokens, rule):
+    (capacity, num_experts), (allocation, power) = case, rule
+    widths = relative_widths(num_experts)
+    counts = token_counts(capacity, num_tokens, num_experts, allocation)
+    assert sum(counts) == num_tokens
+    assert counts == token_counts(1.0, num_tokens, num_experts, allocation)
+    total = sum(width**power for width in widths)
+    for count, width in zip(counts[1:], widths[1:], strict=True):
+        assert count == math.floor(num_tokens * width**power / total + 1e-6)
+    assert effective_capacity(counts) <= fixed_capacity(num_experts, allocation) + 1e-6
+
+
+def test_fixed_rules_have_the_capacities_of_the_paper():
+    assert fixed_capacity(4, "uniform") == pytest.approx(0.46875, abs=1e-12)
+    assert fixed_capacity(4, "proportionate") == pytest.approx(4 / 15, abs=1e-12)
+    assert [fixed_capacity(4, name) for name in ("mone", "submodel", "token_drop", "tome")] == [None] * 4
+    # Proportionate: every expert does the same work.
+    assert token_counts(1.0, 15, 4, "proportionate") == (8, 4, 2, 1)
+    assert token_counts(1.0, 8, 4, "uniform") == (2, 2, 2, 2)
+
+
+@given(capacities(), st.integers(1, 400))
+def test_a_submodel_is_the_widest_expert_that_fits(case, num_tokens):
+    capacity, num_experts = case
+    counts, widths = token_counts(capacity, num_tokens, num_experts, "submodel"), relative_widths(num_experts)
+    chosen = counts.index(num_tokens)
+    assert sum(counts) == num_tokens
+    assert widths[chosen] <= capacity + 1e-6
+    assert chosen == num_experts - 1 or widths[chosen + 1] > capacity
+
+
+@given(capacities(), st.integers(1, 400), st.sampled_from(["token_drop", "tome"]))
+def test_token_reducing_rules_keep_what_costs_as_much_at_full_width(case, num_tokens, allocation):
+    capacity, num_experts = case
+    *narrow, full = token_counts(capacity, num_tokens, num_experts, allocation)
+    assert not any(narrow)
+    assert 1 <= full <= num_tokens
+    assert full == 1 or full <= capacity * num_tokens + 1e-6
+    assert full + 1 > capacity * num_tokens

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from mone.baselines import METHODS, capacities_of, with_method
 from mone.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
-from tests.mone.conftest import small_config, small_model, some_patches
+from tests.mone.conftest import JOINT, small_config, small_model, some_patches
 
 LABELS = ["walk", "run", "jump", "größer", "sit"]
 CONFIG, WEIGHTS, LABEL_FILE = "config.json", "model.safetensors", "labels.json"
@@ -211,3 +212,50 @@ def test_a_pickle_in_place_of_the_weights_is_refused_unopened(folder, tmp_path, 
     assert not trap.path.exists()
     pickle.loads(pickle.dumps(trap)).close()
     assert trap.path.exists()  # it would have sprung
+
+
+# --- the weights under another config ---
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("encoder", [{"temporal_depth": 1}, JOINT], ids=["factorised", "joint"])
+def test_every_method_runs_on_the_weights_of_any_model(encoder, name, tmp_path):
+    config = small_config(depth=1, **encoder)
+    model = small_model(config, alpha=0.5, dtype=torch.float32)
+    checkpoint = read_checkpoint(save_checkpoint(model, LABELS, tmp_path))
+    other = checkpoint.with_config(with_method(config, name))
+    assert (other.model_id == checkpoint.model_id) == (with_method(config, name) == config)
+    built, patches = other.build(), some_patches(config)
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in built.state_dict().items())
+    answers = []
+    for capacity in capacities_of(name, config, (0.4, 1.0)):
+        logits, plan = built(patches, capacity)
+        assert logits.isfinite().all()
+        assert plan.counts == with_method(config, name).token_counts(capacity)
+        answers.append(logits)
+    # At full capacity every method but the fixed rules and ToMe (which knows no alpha) is the dense model.
+    if name in ("mone", "dense", "submodel"):
+        torch.testing.assert_close(answers[-1], model(patches).logits_BC)
+
+
+def test_a_router_that_the_weights_lack_is_missed_when_the_model_is_built(tmp_path):
+    model = small_model(small_config(depth=1, router="random"), dtype=torch.float32)
+    checkpoint = read_checkpoint(save_checkpoint(model, LABELS, tmp_path))
+    with pytest.raises(CheckpointError, match=r"tensor encoder\.router\.bias is missing"):
+        checkpoint.with_config(small_config(depth=1)).build()
+
+
+def test_methods_are_refused_by_name_and_by_what_a_config_cannot_have():
+    with pytest.raises(ValueError, match=r"unknown method 'magic'; there are mone, dense, .*, tome"):
+        with_method(small_config(), "magic")
+    with pytest.raises(ValueError, match="budget must be 'frame'"):
+        with_method(small_config(budget="clip"), "tome")
+
+
+def test_fixed_rules_have_one_capacity_and_the_others_those_asked_for():
+    asked = (0.2, 0.4)
+    capacities = {name: capacities_of(name, small_config(), asked) for name in METHODS}
+    assert capacities.pop("dense") == (1.0,)
+    assert capacities.pop("uniform") == pytest.approx((0.46875,))
+    assert capacities.pop("proportionate") == pytest.approx((4 / 15,))
+    assert set(capacities.values()) == {asked}

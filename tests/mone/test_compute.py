@@ -7,7 +7,7 @@ from mone.capacity import token_counts
 from mone.compute import clip_compute, clip_flops
 from mone.config import preset
 from mone.model import ViViT
-from tests.mone.conftest import small_config, some_patches
+from tests.mone.conftest import JOINT, small_config, some_inputs, some_patches
 
 CONFIGS = {
     "cls": small_config(),
@@ -19,11 +19,44 @@ CONFIGS = {
 }
 
 
-def counted_flops(config, counts):
-    model, patches = ViViT(config).eval(), some_patches(config, batch=1)
+def counted_flops(config, counts, num_kept=None):
+    model, inputs = ViViT(config).eval(), some_inputs(config, num_kept, batch=1)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(patches, counts=counts)
+        model(**inputs, counts=counts)
     return counter.get_total_flops()
+
+
+# How a capacity is spent, and on what: budgets and numbers of kept patches (of 24; one frame has 12).
+SPENT = [
+    {"router": "learned"},
+    {"router": "random"},
+    {"router": "motion"},
+    {"allocation": "uniform"},
+]
+BUDGETS = [({"budget": "frame"}, None), ({"budget": "clip"}, None), ({"budget": "frame"}, 15)]
+COMBINATIONS = [(spent | budget, num_kept) for spent in SPENT for budget, num_kept in BUDGETS]
+COMBINATIONS += [({"allocation": name}, None) for name in ("token_drop", "tome")]
+
+
+@pytest.mark.parametrize("num_frames", [2, 4])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("encoder", [{}, JOINT, {"temporal_depth": 0}], ids=["factorised", "joint", "average"])
+def test_formula_equals_what_torch_counts_for_every_combination(encoder, pooling, num_frames):
+    shallow = {"depth": 1, "temporal_depth": 1, "pooling": pooling, "num_frames": num_frames} | encoder
+    for changes, num_kept in COMBINATIONS:
+        config = small_config(**shallow, **changes)
+        if num_kept and num_frames == 2:
+            num_kept = config.num_tokens
+        compute, counts = clip_compute(config, 0.4, num_kept), config.token_counts(0.4, num_kept)
+        nobody = (0,) * (config.num_experts - 1)
+        everything = (*nobody, config.tokens_per_budget()), (*nobody, config.tokens_per_budget(num_kept))
+        label = str((changes, num_kept))
+        assert compute.flops == counted_flops(config, counts, num_kept), label
+        assert compute.kept_flops == counted_flops(config, everything[1], num_kept), label
+        if num_kept is not None:
+            assert compute.dense_flops == counted_flops(config, everything[0]), label
+        assert compute.flops < compute.kept_flops <= compute.dense_flops, label
+        assert (compute.kept_flops < compute.dense_flops) == (num_kept is not None and num_frames > 2), label
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from mone.capacity import token_counts
 from mone.config import PRESETS, ModelConfig, preset
 from tests.mone.conftest import small_config
 
@@ -33,6 +34,32 @@ def test_preset_takes_changes_of_its_own_fields():
     assert preset("base", num_classes=3, depth=2).depth == 2
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_joint_preset_has_no_temporal_blocks(name):
+    config = preset(name, num_classes=3, encoder="joint")
+    assert (config.temporal_depth, config.depth) == (0, PRESETS[name]["depth"])
+    assert config.joint
+    with pytest.raises(ValueError, match="temporal_depth must be 0, not 4"):
+        preset(name, num_classes=3, encoder="joint", temporal_depth=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_kept", "budgets", "tokens"),
+    [
+        ({"budget": "frame"}, None, 2, 12),
+        ({"budget": "clip"}, None, 1, 24),
+        ({"budget": "frame"}, 15, 1, 15),
+        ({"budget": "clip"}, 15, 1, 15),
+        ({"budget": "clip", "num_frames": 2}, None, 1, 12),
+        ({"budget": "frame", "num_frames": 2}, None, 1, 12),
+    ],
+)
+def test_budgets_split_all_tokens_of_a_clip(changes, num_kept, budgets, tokens):
+    config = small_config(**changes)
+    assert (config.num_budgets(num_kept), config.tokens_per_budget(num_kept)) == (budgets, tokens)
+    assert config.token_counts(0.4, num_kept) == token_counts(0.4, tokens, 4)
+
+
 def test_unknown_preset_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"huge.*tiny, small, base, large"):
         preset("huge", num_classes=3)
@@ -51,6 +78,23 @@ def test_unknown_preset_is_refused_with_the_known_ones():
         ({"dim": 36, "num_heads": 4}, "dim 36 cannot be halved 3 times for 4 experts"),
         ({"pooling": "max"}, "pooling must be one of cls, mean, got 'max'"),
         ({"router": "none"}, "router must be one of learned, motion, random, got 'none'"),
+        ({"router": "motion", "tubelet_frames": 1}, "tubelet_frames must be at least 2"),
+        ({"encoder": "mixed"}, "encoder must be one of factorised, joint, got 'mixed'"),
+        ({"encoder": "joint"}, "a joint encoder has no temporal blocks: temporal_depth must be 0, not 2"),
+        ({"temporal_depth": -1}, "temporal_depth must be a number of at least 0, got -1"),
+        ({"temporal_depth": 1.5}, "temporal_depth must be a number of at least 0, got 1.5"),
+        ({"budget": "video"}, "budget must be one of frame, clip, got 'video'"),
+        ({"allocation": "fair"}, "allocation must be one of mone, uniform, .*, tome, got 'fair'"),
+        ({"allocation": "token_drop", "budget": "clip"}, "'token_drop' takes tokens from every frame"),
+        ({"allocation": "tome", "budget": "clip"}, "'tome' takes tokens from every frame: budget must be 'frame'"),
+        ({"activation": "relu"}, "activation must be one of gelu, gelu_tanh, got 'relu'"),
+        ({"norm_eps": 0}, "norm_eps must be a positive float, got 0"),
+        ({"norm_eps": float("inf")}, "norm_eps must be a positive float, got inf"),
+        ({"dropout": 1}, "dropout must be at least 0 and below 1, got 1"),
+        ({"dropout": "0.1"}, "dropout must be at least 0 and below 1, got '0.1'"),
+        ({"drop_path": -0.1}, "drop_path must be at least 0 and below 1, got -0.1"),
+        ({"drop_path": float("nan")}, "drop_path must be at least 0 and below 1, got nan"),
+        ({"drop_path": True}, "drop_path must be at least 0 and below 1, got True"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_their_values(changes, message):
@@ -59,7 +103,9 @@ def test_sizes_that_do_not_fit_are_refused_with_their_values(changes, message):
 
 
 def test_config_survives_json():
-    config = small_config(pooling="mean", router="random", span_s=1.25)
+    config = small_config(
+        pooling="mean", router="random", span_s=1.25, allocation="tome", activation="gelu_tanh", drop_path=0.1
+    )
     assert ModelConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 

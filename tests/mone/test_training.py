@@ -113,6 +113,41 @@ def test_a_learnable_problem_is_learned(pooling):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"budget": "clip"},
+        {"encoder": "joint", "temporal_depth": 0},
+        {"encoder": "joint", "temporal_depth": 0, "budget": "clip", "pooling": "mean"},
+        {"allocation": "tome"},
+    ],
+    ids=str,
+)
+def test_every_encoder_learns_with_dropout_over_adaptive_capacities(changes):
+    config = replace(CONFIG, num_frames=4, dropout=0.05, drop_path=0.1, **changes)
+    stages = (Stage(name="mone", epochs=10, routing="mone", learning_rate=3e-3),)
+    trainer = new_trainer(config=config, settings={"stages": stages, "batch_size": 16})
+    reports = list(trainer.run(corner_clips(64, seed=0, config=config)))
+    assert reports[-1].loss < 0.7 * reports[0].loss
+    assert accuracy(trainer.averaged, corner_clips(80, seed=1, config=config), 0.5) > 0.6  # chance is 0.25
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "proportionate", "submodel", "token_drop", "tome"])
+@pytest.mark.parametrize("budget", ["frame", "clip"])
+def test_a_dense_stage_is_at_full_width_whatever_the_allocation(allocation, budget):
+    if budget == "clip" and allocation in ("token_drop", "tome"):
+        budget = "frame"
+    config = replace(CONFIG, num_frames=4, allocation=allocation, budget=budget)
+    tokens = 16 if budget == "frame" else 32
+    experts = (3,) if allocation == "tome" else range(4)  # ToMe has no narrow ones
+    for routing, possible in [
+        ("dense", {(0, 0, 0, tokens)}),
+        ("nested", {tuple(tokens * (index == expert) for index in range(4)) for expert in experts}),
+    ]:
+        stage = Stage(name="s", epochs=1, routing=routing)
+        assert {stage.draw_counts(config, torch.Generator().manual_seed(seed)) for seed in range(40)} == possible
+
+
+@pytest.mark.parametrize(
     ("routing", "possible"),
     [
         ("dense", [(0, 0, 0, 16)]),
