@@ -121,7 +121,7 @@ class _Recording(nn.Module):
     def __init__(self, router: nn.Module) -> None:
         super().__init__()
         self.router = router
-        self.said_BNE: Tensor | None = None
+        self.said_BNE = torch.empty(0)
 
     def forward(self, tokens_BND: Tensor, patches_BNP: Tensor) -> Tensor:
         self.said_BNE = self.router(tokens_BND, patches_BNP)
@@ -136,7 +136,6 @@ class _Repeating(nn.Module):
         self.recording = recording
 
     def forward(self, tokens_BND: Tensor, patches_BNP: Tensor) -> Tensor:
-        assert self.recording.said_BNE is not None
         return self.recording.said_BNE
 
 

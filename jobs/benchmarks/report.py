@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -34,6 +34,8 @@ class Report:
 
 class Benchmark(Protocol):
     """The options of a benchmark, a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def measure(self) -> Report:
         """Run it.
