@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import jobs.benchmark
+from jobs.benchmarks.models import sharing_weights
 from mone.baselines import METHODS, capacities_of, with_method
 from mone.checkpoint import save_checkpoint
 from mone.compute import clip_compute
@@ -107,8 +108,6 @@ def test_a_model_folder_gives_its_sizes(measured, model_folder):
 
 
 def test_rows_run_the_methods_on_the_weights_of_the_folder(checkpoint):
-    from jobs.benchmarks.models import sharing_weights
-
     base, rng = checkpoint.build(), torch.Generator().manual_seed(0)
     shape = (2, TINY.num_indices, TINY.num_tokens, TINY.patch_values)
     patches = torch.randint(256, shape, dtype=torch.uint8, generator=rng)
@@ -118,7 +117,7 @@ def test_rows_run_the_methods_on_the_weights_of_the_folder(checkpoint):
         assert shared.head.weight.data_ptr() == base.head.weight.data_ptr() and not shared.training
         with torch.inference_mode():
             own = checkpoint.with_config(config).build()(patches, 0.4).logits_BC
-            assert torch.equal(shared(patches, 0.4).logits_BC, own)
+            torch.testing.assert_close(shared(patches, 0.4).logits_BC, own)  # alignment in memory may move last bits
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +173,7 @@ def test_the_last_line_of_the_process_is_json(model_folder):
         (["--repeats", "4"], "--repeats"),
         (["--repeats=-1"], "--repeats"),
         (["--batch-size", "0"], "--batch-size"),
-        (["--static-share", "0.9"], "--static-share"),
+        (["--static-share", "0.95"], "--static-share"),
         (["--static-share", "nan"], "--static-share"),
         (["--frames", "5"], "num_frames"),
         (["--size=-16"], "height_px"),
