@@ -35,14 +35,21 @@ def checking_input() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def run(name: str, config_type: type[Config], job: Callable[[Config], None], argv: Sequence[str] | None) -> int:
+def run(
+    name: str,
+    config_type: type[Config],
+    job: Callable[[Config], None],
+    argv: Sequence[str] | None,
+    description: str | None = None,
+) -> int:
     """Parse the arguments, run the job, and turn its end into an exit status.
 
     Args:
         name: The job, as in `python -m jobs.NAME`.
-        config_type: Dataclass whose fields are the options.
+        config_type: Dataclass whose fields are the options; a union of such is a job with subcommands.
         job: The work.
         argv: Arguments without the program's name; None takes those of the process.
+        description: Words for --help in place of the dataclass's docstring.
 
     Returns:
         0 done, 1 failed outcome, 2 bad input, 130 stopped by Ctrl-C or SIGTERM.
@@ -51,7 +58,7 @@ def run(name: str, config_type: type[Config], job: Callable[[Config], None], arg
     handler = signal.getsignal(signal.SIGTERM)
     interrupt_on_sigterm()
     try:
-        job(_parse(config_type, sys.argv[1:] if argv is None else list(argv), program))
+        job(_parse(config_type, sys.argv[1:] if argv is None else list(argv), program, description))
     except UserError as error:
         return _say(program, error, BAD_INPUT)
     except JobFailed as failure:
@@ -70,12 +77,13 @@ def _say(program: str, message: object, status: int) -> int:
     return status
 
 
-def _parse(config_type: type[Config], argv: list[str], program: str) -> Config:
+def _parse(config_type: type[Config], argv: list[str], program: str, description: str | None) -> Config:
     """Parse with tyro, whose boxed error is folded into one line."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config_type, args=argv, prog=program, config=(tyro.conf.FlagConversionOff,))
+            settings = (tyro.conf.FlagConversionOff,)
+            return tyro.cli(config_type, args=argv, prog=program, description=description, config=settings)
     except SystemExit as end:
         if not end.code:
             raise

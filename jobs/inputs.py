@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from jobs.cli import UserError, checking_input
@@ -73,6 +74,22 @@ def load_model(folder: str) -> Checkpoint:
     """
     with checking_input():
         return read_checkpoint(folder)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a --device option; "" takes the GPU where there is one.
+
+    Raises:
+        UserError: A device that is not there.
+    """
+    available = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if available else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"--device must be cuda or cpu, got {name!r}") from error
+    if device.type not in ("cuda", "cpu") or (device.type == "cuda" and not available):
+        raise UserError(f"--device {name} is not there")
+    return device
 
 
 def make_output(folder: str) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from jobs.cli import JobFailed, UserError, checking_input, run
-from jobs.inputs import make_output
+from jobs.inputs import choose_device, make_output
 from jobs.recipes import RECIPES, Recipe
 from mone.baselines import METHODS, capacities_of, with_method
 from mone.checkpoint import save_checkpoint
@@ -63,7 +63,7 @@ def train(config: Train) -> None:
     with checking_input():
         load_clips, labels = _data(config)
         recipe = _adapt(RECIPES[config.recipe](), config, len(labels))
-    device = _device(config.device)
+    device = choose_device(config.device)
     output = make_output(config.output)
     _check_same_run(output, config, recipe)
 
@@ -80,17 +80,6 @@ def train(config: Train) -> None:
     notes = _notes(config, recipe, output)
     save_checkpoint(trainer.averaged, labels, output / MODEL_DIR, dtype=torch.bfloat16, notes=notes)
     print(output / MODEL_DIR)
-
-
-def _device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
-    try:
-        device = torch.device(name or ("cuda" if available else "cpu"))
-    except RuntimeError as error:
-        raise UserError(f"--device must be cuda or cpu, got {name!r}") from error
-    if device.type not in ("cuda", "cpu") or (device.type == "cuda" and not available):
-        raise UserError(f"--device {name} is not there")
-    return device
 
 
 def _train_epochs(

@@ -65,12 +65,12 @@ class MotionRouter(LearnedRouter):
 
     def logits(self, tokens_BND: Tensor, patches_BNP: Tensor) -> Tensor:
         """Logits [B, N, E] with the prior."""
-        frames_BNTP = patches_BNP.unflatten(-1, (self.tubelet_frames, -1)).float()
+        logits_BNE = super().logits(tokens_BND, patches_BNP)
+        frames_BNTP = patches_BNP.unflatten(-1, (self.tubelet_frames, -1)).to(logits_BNE.dtype)
         motion_BN = frames_BNTP.diff(dim=-2).abs().mean(dim=(-2, -1))
         centred_BN = motion_BN - motion_BN.mean(dim=-1, keepdim=True)
         motion_BN = centred_BN / (centred_BN.square().mean(dim=-1, keepdim=True).sqrt() + 1.0)
-        logits_BNE = super().logits(tokens_BND, patches_BNP)
-        return logits_BNE + motion_BN.unsqueeze(-1).to(logits_BNE.dtype) * self.prior_E
+        return logits_BNE + motion_BN.unsqueeze(-1) * self.prior_E
 
 
 class RandomRouter(nn.Module):

@@ -12,6 +12,7 @@ import ray
 
 import jobs.annotate
 import jobs.audit
+import jobs.benchmark
 import jobs.evaluate
 import jobs.plan
 import jobs.render
@@ -22,6 +23,7 @@ from tests.conftest import write_labels
 JOBS = {
     "annotate": jobs.annotate.main,
     "audit": jobs.audit.main,
+    "benchmark": jobs.benchmark.main,
     "evaluate": jobs.evaluate.main,
     "plan": jobs.plan.main,
     "render": jobs.render.main,
@@ -73,6 +75,7 @@ def options_of(job: str, archive: Path, model: Path, out: Path) -> list[object]:
         "render": ["--output", out],
         "report": [out],
         "audit": [out],
+        "benchmark": ["model", "--model", model],
     }[job]
 
 
@@ -163,6 +166,7 @@ def test_an_unknown_option(refused, archive, model_folder, out, job):
         ("render", "--output"),
         ("report", "DIR"),
         ("audit", "DIR"),
+        ("benchmark", "model, precision"),
     ],
 )
 def test_nothing_at_all(refused, job, named):

@@ -12,6 +12,7 @@ import pytest
 
 import jobs.annotate
 import jobs.audit
+import jobs.benchmark
 import jobs.evaluate
 import jobs.plan
 import jobs.render
@@ -139,6 +140,23 @@ def test_help_names_every_option(capsys, main, config):
         assert positional.get(field.name, f"--{field.name.replace('_', '-')} ") in printed.out
 
 
+@pytest.mark.parametrize("name", jobs.benchmark.BENCHMARKS)
+def test_help_of_a_benchmark_names_every_option(capsys, name):
+    assert jobs.benchmark.main([name, "--help"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    for field in dataclasses.fields(jobs.benchmark.BENCHMARKS[name]):
+        assert f"--{field.name.replace('_', '-')} " in printed.out
+
+
+def test_help_lists_the_benchmarks(capsys):
+    assert jobs.benchmark.main(["--help"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "" and "JSON" in printed.out
+    for name in jobs.benchmark.BENCHMARKS:
+        assert f"• {name} " in printed.out
+
+
 def imported_by(modules: str) -> set[str]:
     code = f"import sys, {modules}; print(*{{name.split('.')[0] for name in sys.modules}})"
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
@@ -149,6 +167,7 @@ def test_decoding_workers_need_no_torch():
     assert "pyarrow" in found and "torch" not in found
 
 
-def test_a_machine_that_only_trains_needs_no_ray_and_no_decoder():
-    found = imported_by("jobs.train")
+@pytest.mark.parametrize("job", ["benchmark", "train"])
+def test_a_machine_that_only_trains_or_times_the_model_needs_no_ray_and_no_decoder(job):
+    found = imported_by(f"jobs.{job}")
     assert "torch" in found and not found & {"ray", "av", "decord", "pyarrow"}

@@ -1,0 +1,333 @@
+"""How fast each method is at each capacity."""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from jobs.benchmarks.models import ARITHMETICS, sharing_weights
+from jobs.benchmarks.report import Report, aligned
+from jobs.cli import UserError, checking_input
+from jobs.inputs import choose_device, load_model
+from mone.baselines import capacities_of, with_method
+from mone.capacity import check_capacity
+from mone.compute import clip_compute
+from mone.config import ModelConfig, preset
+from mone.model import ViViT
+from mone.static import kept_patches
+
+# Shorter measurements say more about the clock than about the model.
+_SHORTEST_S = 0.02
+# Savings below this are rounding; how much of them became time would be noise.
+_SMALLEST_SAVING = 0.01
+_PRESET_CLASSES = 400  # of Kinetics-400; 0.3 MFLOP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpeed:
+    """Time each method at each capacity: the same weights, clips and device, all methods in turn.
+
+    The clips are random pixels in memory, so this is the model alone, without decoding. Methods take turns within each
+    repeat, so that a device that heats up or is shared slows all of them alike; "times faster" compares within a
+    repeat. "realised" is the share of the saved operations that became saved time: 100 % would be a speed-up equal to
+    the reduction in FLOPs.
+
+    python -m jobs.benchmark model --preset base --methods mone token_drop --capacity 0.2 0.4 --batch-size 16
+    """
+
+    model: str = ""
+    """Model folder; without one, a --preset with random weights."""
+    preset: str = ""
+    """tiny, small, base or large; default base."""
+    frames: int = 0
+    """Frames of a preset's clip; 0 is 32."""
+    size: int = 0
+    """Height and width of a preset's frames; 0 is 224."""
+    encoder: Literal["", "factorised", "joint"] = ""
+    """Of a preset; default factorised."""
+    methods: tuple[str, ...] = (
+        *("dense", "mone", "random_router", "token_drop", "tome", "submodel", "uniform", "proportionate"),
+    )
+    """Names from mone/baselines.py; dense is always measured, to compare with."""
+    capacity: tuple[float, ...] = (0.2, 0.4, 1.0)
+    """Effective capacities; dense, uniform and proportionate have one of their own."""
+    static_share: float = 0.0
+    """Above 0, dense and mone run once more on clips of which this share of the patches is dropped as static."""
+    batch_size: int = 8
+    """Clips of a batch."""
+    dtype: Literal["", "float32", "bf16", "bf16_autocast"] = ""
+    """bf16 has weights in bfloat16 too, bf16_autocast is how the jobs run; default bf16 on a GPU, else float32."""
+    device: str = ""
+    """"cuda", "cpu"; default the GPU where there is one."""
+    repeats: int = 7
+    """Measurements of each row; odd, so that the median is one of them."""
+    compile: bool = False
+    """torch.compile each row, for its fixed shapes."""
+
+    def measure(self) -> Report:
+        """Run the benchmark."""
+        device = choose_device(self.device)
+        load, cases = self._checked(device)
+        dtype = self.dtype or ("bf16" if device.type == "cuda" else "float32")
+        base = load().to(ARITHMETICS[dtype].weights)
+        clips = {drop: _clips(base.config, self, drop).to(device) for drop in {case.drop_static for case in cases}}
+        compiling = _room_to_compile(len(cases)) if self.compile else nullcontext()
+        with compiling, torch.inference_mode(), ARITHMETICS[dtype].context(device):
+            variants = [_variant(base, case, clips[case.drop_static], self.compile) for case in cases]
+            times = _times(variants, device, self.repeats)
+        rows = [
+            _row(variant, time, variants[0], times[0], self.batch_size)
+            for variant, time in zip(variants, times, strict=True)
+        ]
+        sizes = f"{base.config.num_frames} frames of {base.config.height_px} x {base.config.width_px}"
+        return Report(
+            table=f"batches of {self.batch_size}, {sizes}, {dtype}{', compiled' * self.compile}\n{_table(rows)}",
+            rows=rows,
+            device=device,
+            details={"dtype": dtype, "model_config": dataclasses.asdict(base.config)},
+        )
+
+    def _checked(self, device: torch.device) -> tuple[Callable[[], ViViT], list["_Case"]]:
+        """How to load the model, and what to measure, dense first."""
+        if self.repeats < 1 or self.repeats % 2 == 0:
+            raise UserError(f"--repeats must be odd, got {self.repeats}")
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size must be at least 1, got {self.batch_size}")
+        if not self.capacity:
+            raise UserError("give at least one --capacity")
+        config, load = self._stored(device) if self.model else self._random(device)
+        with checking_input():
+            for capacity in self.capacity:
+                check_capacity(capacity, config.num_experts)
+            cases = [
+                _Case(method, capacity)
+                for method in dict.fromkeys(("dense", *self.methods))
+                for capacity in dict.fromkeys(capacities_of(method, config, self.capacity))
+            ]
+        most = 1 - 1 / config.num_indices
+        if not 0 <= self.static_share <= most:
+            raise UserError(
+                f"--static-share must be between 0 and {most:g}, as frame 0 is all kept; got {self.static_share:g}"
+            )
+        if self.static_share:
+            cases += [case._replace(drop_static=True) for case in cases if case.method in ("dense", "mone")]
+        return load, cases
+
+    def _stored(self, device: torch.device) -> tuple[ModelConfig, Callable[[], ViViT]]:
+        for name in ("preset", "frames", "size", "encoder"):
+            if getattr(self, name):
+                raise UserError(f"--{name} has no effect with --model, whose config.json says it")
+        checkpoint = load_model(self.model)
+        return checkpoint.config, lambda: checkpoint.build(device)
+
+    def _random(self, device: torch.device) -> tuple[ModelConfig, Callable[[], ViViT]]:
+        size_px = self.size or 224
+        with checking_input():
+            config = preset(
+                self.preset or "base",
+                num_classes=_PRESET_CLASSES,
+                num_frames=self.frames or 32,
+                height_px=size_px,
+                width_px=size_px,
+                encoder=self.encoder or "factorised",
+            )
+
+        def build() -> ViViT:
+            torch.manual_seed(0)
+            with device:
+                return ViViT(config).eval()
+
+        return config, build
+
+
+class _Case(NamedTuple):
+    """What a row measures."""
+
+    method: str
+    capacity: float
+    drop_static: bool = False
+
+
+class _Clips(NamedTuple):
+    """A batch: uint8 patches [B, F, N, P]; or [B, K, P] and their places, where static ones were dropped."""
+
+    patches: Tensor
+    kept_BK: Tensor | None
+
+    def to(self, device: torch.device) -> "_Clips":
+        return _Clips(self.patches.to(device), None if self.kept_BK is None else self.kept_BK.to(device))
+
+
+def _clips(config: ModelConfig, options: ModelSpeed, drop_static: bool) -> _Clips:
+    """Random pixels, of which the static share repeats what its place showed before."""
+    rng = np.random.default_rng(0)
+    num_places = config.num_indices * config.num_tokens
+    shape = (options.batch_size, config.num_indices, config.num_tokens, config.patch_values)
+    patches_BFNP = rng.integers(0, 256, shape, dtype=np.uint8)
+    for patches_FNP in patches_BFNP if options.static_share else ():
+        places = config.num_tokens + rng.permutation(num_places - config.num_tokens)
+        for place in np.sort(places[: math.floor(options.static_share * num_places)]):
+            index, token = divmod(int(place), config.num_tokens)
+            patches_FNP[index, token] = patches_FNP[index - 1, token]
+    if not drop_static:
+        return _Clips(torch.from_numpy(patches_BFNP), None)
+    kept_BK = np.stack([kept_patches(patches_FNP, threshold=0) for patches_FNP in patches_BFNP])
+    patches_BKP = np.take_along_axis(patches_BFNP.reshape(len(kept_BK), num_places, -1), kept_BK[..., None], axis=1)
+    return _Clips(torch.from_numpy(patches_BKP), torch.from_numpy(kept_BK))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Variant:
+    """One row to be.
+
+    Attributes:
+        case: Its method and capacity.
+        static_share: Share of the patches that is dropped, rounded to a level.
+        flops: Of a clip.
+        forward: Classifies the batch.
+    """
+
+    case: _Case
+    static_share: float
+    flops: int
+    forward: Callable[[], Tensor]
+
+
+def _variant(base: ViViT, case: _Case, clips: _Clips, compiled: bool) -> _Variant:
+    config = with_method(base.config, case.method)
+    num_kept = None if clips.kept_BK is None else clips.kept_BK.shape[1]
+    counts = config.token_counts(case.capacity, num_kept)  # here, so that there is nothing but tensors to trace
+    model = sharing_weights(base, config)
+    run = torch.compile(model, dynamic=False) if compiled else model
+    return _Variant(
+        case=case,
+        static_share=1 - num_kept / (config.num_indices * config.num_tokens) if num_kept else 0.0,
+        flops=clip_compute(config, case.capacity, num_kept).flops,
+        forward=lambda: run(clips.patches, counts=counts, kept_BK=clips.kept_BK).logits_BC,
+    )
+
+
+def _room_to_compile(num_variants: int) -> AbstractContextManager:
+    """Dynamo takes the variants for recompilations of one function, of which it would quietly stop making more at 8."""
+    import torch._dynamo  # here: it takes seconds
+
+    return torch._dynamo.config.patch(recompile_limit=num_variants + 8, fail_on_recompile_limit_hit=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Times:
+    """How long a batch took.
+
+    Attributes:
+        repeats_s: Seconds in each repeat, the mean over its iterations.
+        iterations: Batches of a repeat.
+        peak_bytes: Most memory allocated on a GPU, with all weights and clips.
+    """
+
+    repeats_s: list[float]
+    iterations: int
+    peak_bytes: int | None
+
+
+def _times(variants: list[_Variant], device: torch.device, repeats: int) -> list[_Times]:
+    """Warm all variants up, then let them take turns."""
+    warm = [_warm_up(variant, device) for variant in tqdm(variants, "warm up", unit="row")]
+    taken: list[list[float]] = [[] for _ in variants]
+    for _ in tqdm(range(repeats), "measure", unit="repeat"):
+        for variant, (iterations, _), repeats_s in zip(variants, warm, taken, strict=True):
+            repeats_s.append(_seconds(variant.forward, iterations, device) / iterations)
+    return [
+        _Times(repeats_s=repeats_s, iterations=iterations, peak_bytes=peak_bytes)
+        for repeats_s, (iterations, peak_bytes) in zip(taken, warm, strict=True)
+    ]
+
+
+def _warm_up(variant: _Variant, device: torch.device) -> tuple[int, int | None]:
+    """Iterations that a measurement needs, and the peak of memory, weights and all."""
+    on_gpu, iterations = device.type == "cuda", 1
+    try:
+        variant.forward()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        while _seconds(variant.forward, iterations, device) < _SHORTEST_S:
+            iterations *= 2
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory on {variant.case.method} at {variant.case.capacity:g}: lower --batch-size"
+        ) from error
+    return iterations, torch.cuda.max_memory_allocated(device) if on_gpu else None
+
+
+def _seconds(forward: Callable[[], Tensor], iterations: int, device: torch.device) -> float:
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    finish()
+    started_s = time.perf_counter()
+    for _ in range(iterations):
+        forward()
+    finish()
+    return time.perf_counter() - started_s
+
+
+def _row(variant: _Variant, times: _Times, dense: _Variant, dense_times: _Times, batch_size: int) -> dict[str, Any]:
+    """A row in full. The number of repeats is odd, so a median of inverses is the inverse of the median."""
+    batch_s = statistics.median(times.repeats_s)
+    faster = [dense_s / own_s for dense_s, own_s in zip(dense_times.repeats_s, times.repeats_s, strict=True)]
+    times_faster, flops_share = statistics.median(faster), variant.flops / dense.flops
+    saves = 1 - flops_share > _SMALLEST_SAVING
+    return {
+        "method": variant.case.method,
+        "capacity": variant.case.capacity,
+        "static_share": variant.static_share,
+        "flops_per_clip": variant.flops,
+        "dense_flops_per_clip": dense.flops,
+        "flops_share": flops_share,
+        "iterations": times.iterations,
+        "batch_ms": batch_s * 1e3,
+        "batch_ms_repeats": [repeat_s * 1e3 for repeat_s in times.repeats_s],
+        "clips_per_s": batch_size / batch_s,
+        "times_faster": times_faster,
+        "times_faster_min": min(faster),
+        "times_faster_max": max(faster),
+        "realised_saving": (1 - 1 / times_faster) / (1 - flops_share) if saves else None,
+        "tflop_per_s": variant.flops * batch_size / batch_s / 1e12,
+        "peak_memory_bytes": times.peak_bytes,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    header = [
+        *("method", "capacity", "static", "of dense FLOPs", "GFLOP/clip", "ms/batch", "min..max", "clips/s"),
+        *("times faster", "min..max", "realised", "TFLOP/s", "peak GiB"),
+    ]
+    return aligned(header, [_cells(row) for row in rows])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    realised, peak_bytes, repeats_ms = row["realised_saving"], row["peak_memory_bytes"], row["batch_ms_repeats"]
+    return [
+        row["method"],
+        f"{row['capacity']:.3g}",
+        f"{row['static_share']:.0%}",
+        f"{row['flops_share']:.1%}",
+        f"{row['flops_per_clip'] / 1e9:.3f}",
+        f"{row['batch_ms']:.2f}",
+        f"{min(repeats_ms):.2f}..{max(repeats_ms):.2f}",
+        f"{row['clips_per_s']:.1f}",
+        f"{row['times_faster']:.2f}",
+        f"{row['times_faster_min']:.2f}..{row['times_faster_max']:.2f}",
+        "" if realised is None else f"{realised:.0%}",
+        f"{row['tflop_per_s']:.3f}",
+        "" if peak_bytes is None else f"{peak_bytes / 2**30:.2f}",
+    ]

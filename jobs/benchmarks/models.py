@@ -1,0 +1,43 @@
+"""Models as benchmarks need them: one set of weights in several methods, and the arithmetics to run them in."""
+
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+
+from mone.config import ModelConfig
+from mone.model import ViViT
+
+
+class Arithmetic(NamedTuple):
+    """How numbers are stored and multiplied.
+
+    Attributes:
+        weights: Type of the weights, and of everything between them where autocast is off.
+        autocast: Type of the matrix products under autocast; None: off.
+    """
+
+    weights: torch.dtype
+    autocast: torch.dtype | None = None
+
+    def context(self, device: torch.device) -> AbstractContextManager:
+        """In which a forward pass runs."""
+        return torch.autocast(device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
+
+ARITHMETICS = {
+    "float64": Arithmetic(torch.float64),
+    "float32": Arithmetic(torch.float32),
+    "bf16": Arithmetic(torch.bfloat16),
+    "bf16_autocast": Arithmetic(torch.float32, torch.bfloat16),
+    "fp16_autocast": Arithmetic(torch.float32, torch.float16),
+}
+
+
+def sharing_weights(base: ViViT, config: ModelConfig) -> ViViT:
+    """A model of another config on the same tensors, in evaluation mode; a router that it lacks is left out."""
+    with torch.device("meta"):
+        model = ViViT(config)
+    names = model.state_dict().keys()
+    model.load_state_dict({name: tensor for name, tensor in base.state_dict().items() if name in names}, assign=True)
+    return model.eval()

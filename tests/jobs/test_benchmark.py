@@ -1,0 +1,215 @@
+"""What a benchmark prints: every row, operations by the formula, ratios of what it measured. No time is asserted."""
+
+import json
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import jobs.benchmark
+from jobs.benchmarks.models import sharing_weights
+from mone.baselines import METHODS, capacities_of, with_method
+from mone.checkpoint import save_checkpoint
+from mone.compute import clip_compute
+from mone.config import ModelConfig, preset
+from mone.model import ViViT
+from pipelines.synthetic import MOTIONS
+from tests.conftest import TINY, run_job
+
+SMALL = ["--preset", "tiny", "--frames", "4", "--size", "32", "--batch-size", "2"]
+CAPACITIES = (0.2, 1.0)
+ASKED = ["--capacity", *map(str, CAPACITIES)]
+
+
+@pytest.fixture
+def measured(capsys) -> Callable[..., dict[str, Any]]:
+    """Run a benchmark in this process; its JSON."""
+
+    def run(*arguments: object) -> dict[str, Any]:
+        status = jobs.benchmark.main(list(map(str, arguments)))
+        printed = capsys.readouterr()
+        assert status == 0, printed.err
+        *table, last = printed.out.splitlines()
+        record = json.loads(last)
+        assert len(table) == len(record["rows"]) + 2  # what was measured, and the header
+        return record
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys) -> Callable[..., None]:
+    """Run a benchmark on bad input: status 2 and one line that names it."""
+
+    def check(*arguments: object, names: str) -> None:
+        assert jobs.benchmark.main(list(map(str, arguments))) == 2
+        printed = capsys.readouterr()
+        assert printed.out == "" and len(printed.err.splitlines()) == 1, printed.err
+        assert printed.err.startswith("python -m jobs.benchmark: ") and names in printed.err
+
+    return check
+
+
+def check_rows(record: dict[str, Any], config: ModelConfig) -> None:
+    """Operations are the formula's, and everything else follows from them and the measured times."""
+    dense, dense_flops = record["rows"][0], clip_compute(config, 1.0).dense_flops
+    assert dense["method"] == "dense" and dense["times_faster"] == 1
+    for row in record["rows"]:
+        places = config.num_indices * config.num_tokens
+        num_kept = round((1 - row["static_share"]) * places) if row["static_share"] else None
+        compute = clip_compute(with_method(config, row["method"]), row["capacity"], num_kept)
+        assert row["flops_per_clip"] == compute.flops and row["dense_flops_per_clip"] == dense_flops
+        assert row["flops_share"] == compute.flops / dense_flops
+        times_ms = row["batch_ms_repeats"]
+        assert len(times_ms) == record["config"]["repeats"]
+        assert row["batch_ms"] == pytest.approx(statistics.median(times_ms))
+        assert row["clips_per_s"] == pytest.approx(record["config"]["batch_size"] / row["batch_ms"] * 1e3)
+        assert row["tflop_per_s"] == pytest.approx(compute.flops * row["clips_per_s"] / 1e12)
+        faster = sorted(a / b for a, b in zip(dense["batch_ms_repeats"], times_ms, strict=True))
+        shown = [row[name] for name in ("times_faster_min", "times_faster", "times_faster_max")]
+        assert shown == pytest.approx([faster[0], statistics.median(faster), faster[-1]])
+        if row["flops_share"] > 0.99:
+            assert row["realised_saving"] is None
+        else:
+            saved = 1 - 1 / row["times_faster"]
+            assert row["realised_saving"] == pytest.approx(saved / (1 - row["flops_share"]))
+        assert (row["peak_memory_bytes"] is None) == (not torch.cuda.is_available())
+
+
+def test_every_method_at_every_capacity_once(measured):
+    record = measured("model", *SMALL, *ASKED, "--repeats", 3, "--device", "cpu", "--methods", *METHODS)
+    config = preset("tiny", num_classes=400, num_frames=4, height_px=32, width_px=32)
+    expected = [(name, of) for name in ["dense", *METHODS] for of in capacities_of(name, config, CAPACITIES)]
+    assert [(row["method"], row["capacity"]) for row in record["rows"]] == list(dict.fromkeys(expected))
+    assert record["dtype"] == "float32" and record["torch"] == torch.__version__ and record["device"]
+    check_rows(record, config)
+
+
+@pytest.mark.parametrize("encoder", ["factorised", "joint"])
+def test_static_patches_are_more_rows(measured, encoder):
+    record = measured(
+        *("model", *SMALL, *ASKED, "--repeats", 1, "--device", "cpu", "--encoder", encoder, "--methods", "mone"),
+        *("--static-share", 0.3, "--dtype", "bf16"),
+    )
+    rows = [(row["method"], row["capacity"], row["static_share"]) for row in record["rows"]]
+    full = [("dense", 1.0), ("mone", 0.2), ("mone", 1.0)]
+    # Of 8 patches, 2 are at most 30 %.
+    assert rows == [(*of, 0.0) for of in full] + [(*of, 0.25) for of in full]
+    config = preset("tiny", num_classes=400, num_frames=4, height_px=32, width_px=32, encoder=encoder)
+    check_rows(record, config)
+
+
+def test_a_model_folder_gives_its_sizes(measured, model_folder):
+    record = measured("model", "--model", model_folder, "--repeats", 1, "--device", "cpu", "--capacity", "0.4")
+    assert record["model_config"]["dim"] == TINY.dim
+    check_rows(record, TINY)
+
+
+def test_rows_run_the_methods_on_the_weights_of_the_folder(checkpoint):
+    base, rng = checkpoint.build(), torch.Generator().manual_seed(0)
+    shape = (2, TINY.num_indices, TINY.num_tokens, TINY.patch_values)
+    patches = torch.randint(256, shape, dtype=torch.uint8, generator=rng)
+    for method in METHODS:
+        config = with_method(TINY, method)
+        shared = sharing_weights(base, config)
+        assert shared.head.weight.data_ptr() == base.head.weight.data_ptr() and not shared.training
+        with torch.inference_mode():
+            own = checkpoint.with_config(config).build()(patches, 0.4).logits_BC
+            torch.testing.assert_close(shared(patches, 0.4).logits_BC, own)  # alignment in memory may move last bits
+
+
+@pytest.fixture(scope="module")
+def motion_model(tmp_path_factory):
+    """Like the bundled model, its router looks at pixels."""
+    torch.manual_seed(3)
+    config = ModelConfig(**{name: getattr(TINY, name) for name in TINY.__slots__} | {"router": "motion"})
+    model = ViViT(config)
+    torch.nn.init.normal_(model.head.weight)
+    return save_checkpoint(model, MOTIONS, tmp_path_factory.mktemp("motion") / "model")
+
+
+def test_float64_is_exact_and_fewer_bits_are_worse(measured, motion_model):
+    dtypes = ["float64", "float32", "bf16", "bf16_autocast"]
+    record = measured(
+        *("precision", "--model", motion_model, "--random", "True", "--clips", 5, "--batch-size", 2),
+        *(*ASKED, "--device", "cpu", "--dtypes", *dtypes),
+    )
+    rows = {(row["dtype"], row["capacity"]): row for row in record["rows"]}
+    assert set(rows) == {(dtype, capacity) for dtype in dtypes for capacity in CAPACITIES}
+    for capacity in CAPACITIES:
+        exact, single, *halves = (rows[dtype, capacity] for dtype in dtypes)
+        assert not any(value for name, value in exact.items() if name not in ("dtype", "capacity"))
+        assert 0 < single["relative_rms_error"] < 1e-5
+        for suffix in ("", "_same_routing"):
+            names = [f"max_abs_error{suffix}", f"relative_rms_error{suffix}"]
+            assert all(half[name] > 100 * single[name] for half in halves for name in names)
+            assert all(half[f"relative_rms_error{suffix}"] < 0.5 for half in halves)
+    assert all(rows[dtype, 1.0]["rerouted_share"] == 0 for dtype in dtypes)  # there is only one expert to go to
+
+
+def test_precision_reads_videos_and_leaves_out_what_it_cannot_read(measured, model_folder, archive):
+    record = measured("precision", "--model", model_folder, "--data", archive, "--capacity", "0.4", "--device", "cpu")
+    assert (record["clips"], record["failed"]) == (8, 2)
+    assert [row["dtype"] for row in record["rows"]] == ["float32", "bf16", "bf16_autocast"]
+
+
+def test_the_last_line_of_the_process_is_json(model_folder):
+    ended = run_job("benchmark", "model", "--model", model_folder, "--repeats", 1, "--methods", "mone")
+    assert ended.returncode == 0, ended.stderr
+    record = json.loads(ended.stdout.splitlines()[-1])
+    assert record["benchmark"] == "model" and record["config"]["repeats"] == 1 and record["date"]
+
+
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        (["--methods", "mone", "magic"], "magic"),
+        (["--preset", "huge"], "huge"),
+        (["--capacity", "0.4", "7"], "7"),
+        (["--capacity", "nan"], "capacity"),
+        (["--capacity"], "--capacity"),
+        (["--repeats", "4"], "--repeats"),
+        (["--repeats=-1"], "--repeats"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--static-share", "0.95"], "--static-share"),
+        (["--static-share", "nan"], "--static-share"),
+        (["--frames", "5"], "num_frames"),
+        (["--size=-16"], "height_px"),
+        (["--dtype", "int8"], "int8"),
+        (["--device", "abacus"], "abacus"),
+        (["--model", "no-such-model"], "no-such-model"),
+        (["--model", "no-such-model", "--preset", "tiny"], "--preset"),
+    ],
+)
+def test_bad_options_of_model(refused, options, names):
+    refused("model", *options, names=names)
+
+
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        (["--model", "no-such-model"], "no-such-model"),
+        (["--data", "no-such-videos"], "no-such-videos"),
+        (["--data", "videos", "--random", "True"], "--data"),
+        (["--dtypes", "float32", "int8"], "int8"),
+        (["--device", "cpu", "--dtypes", "fp16_autocast"], "fp16_autocast"),
+        (["--capacity", "0"], "capacity"),
+        (["--capacity"], "--capacity"),
+        (["--clips", "0"], "--clips"),
+        (["--batch-size=-1"], "--batch-size"),
+    ],
+)
+def test_bad_options_of_precision(refused, options, names):
+    refused("precision", *options, names=names)
+
+
+@pytest.mark.parametrize("name", jobs.benchmark.BENCHMARKS)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(refused, name):
+    refused(name, "--device", "cuda", names="cuda")
+
+
+def test_an_unknown_benchmark(refused):
+    refused("astrology", names="astrology")
