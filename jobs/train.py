@@ -115,24 +115,25 @@ def _line(report: EpochReport, scores: dict[float, float]) -> str:
 
 def _notes(config: Train, recipe: Recipe, output: Path) -> str:
     """For the model card: what was run, and the last epoch's figures."""
-    options = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
-    always, never = ("data", "recipe", "method"), ("output", "device")
-    command = " ".join(
-        ["python -m jobs.train"]
-        + [
-            f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
-            for name, (value, default) in options.items()
-            if name in always or (name not in never and value != default)
-        ]
-    )
     stages = ", then ".join(f"{stage.epochs} epochs of {stage.name} ({stage.routing})" for stage in recipe.train.stages)
-    notes = f"`{command}`, seed {config.seed}: {stages}."
+    notes = f"`{_command(config)}`, seed {config.seed}: {stages}."
     if not (output / METRICS_FILE).exists():
         return notes
     last = json.loads((output / METRICS_FILE).read_text().splitlines()[-1])
     scores = [f"{score:.1%} at capacity {float(capacity):.3g}" for capacity, score in last["val_top1"].items()]
     top1 = f"top-1 on the val split {', '.join(scores)}" if scores else "no val split"
     return f"{notes} Training loss {last['loss']:.3f}; {top1}."
+
+
+def _command(config: Train) -> str:
+    """The command with every option that decides the model, ready for a shell."""
+    words = ["python -m jobs.train"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        always, never = field.name in ("data", "recipe", "method"), field.name in ("output", "device")
+        if always or (value != field.default and not never):
+            words.append(f"--{field.name.replace('_', '-')} {shlex.quote(str(value))}")
+    return " ".join(words)
 
 
 LoadClips = Callable[[Recipe], tuple[MemoryClips, MemoryClips]]
