@@ -61,8 +61,17 @@ def convert_model(config: Convert) -> None:
         if config.to == "hf-vivit":
             export_vivit(conversion.model, conversion.labels, output)
         else:
-            save_checkpoint(conversion.model, conversion.labels, make_output(config.output))
+            notes = _notes(config, conversion)
+            save_checkpoint(conversion.model, conversion.labels, make_output(config.output), notes=notes)
     print(_summary(config, conversion))
+
+
+def _notes(config: Convert, conversion: Conversion) -> str:
+    """For the model card."""
+    source = f"`python -m jobs.convert {config.source}`: {FAMILIES.get(conversion.family, conversion.family)}."
+    if conversion.family == OURS:
+        return source
+    return f"{source} At capacity 1 it answers as its source does; lower capacities need nested training first."
 
 
 def _check_numbers(config: Convert) -> None:

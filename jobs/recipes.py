@@ -12,14 +12,21 @@ class Recipe:
     """Everything that decides a run but its data.
 
     Attributes:
-        model: Sizes; num_classes is replaced by the number of labels in the data.
+        model: Sizes; num_classes is replaced by the number of labels in the data. None: those of the model to start
+            from.
         train: Stages and optimiser.
         num_clips: Training clips to render, where the data is generated.
     """
 
-    model: ModelConfig
+    model: ModelConfig | None
     train: TrainConfig
     num_clips: int = 0
+
+    @property
+    def sizes(self) -> ModelConfig:
+        """The model, of a recipe that has one by now."""
+        assert self.model
+        return self.model
 
 
 def motions() -> Recipe:
@@ -57,4 +64,23 @@ def motions() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"motions": motions}
+def adapt() -> Recipe:
+    """From a dense model to one for many budgets: nested training, then adaptive MoNE (MoNE section 4.2).
+
+    python -m jobs.convert hf://google/vivit-b-16x2-kinetics400 --output models/vivit
+    python -m jobs.train --recipe adapt --init models/vivit --data LABELLED --output runs/adapted
+    """
+    return Recipe(
+        model=None,
+        train=TrainConfig(
+            stages=(
+                Stage(name="nested", epochs=5, routing="nested", learning_rate=1e-4),
+                Stage(name="adaptive", epochs=10, routing="mone", learning_rate=5e-5),
+            ),
+            batch_size=32,
+            bf16=True,
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"motions": motions, "adapt": adapt}

@@ -17,9 +17,10 @@ from jobs.cli import JobFailed, UserError, checking_input, run
 from jobs.inputs import choose_device, make_output
 from jobs.recipes import RECIPES, Recipe
 from mone.baselines import METHODS, capacities_of, with_method
-from mone.checkpoint import save_checkpoint
+from mone.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from mone.model import ViViT
 from mone.training import DivergedError, EpochReport, MemoryClips, Trainer, accuracy
+from mone.transfer import initialise_from
 from pipelines.synthetic import MOTIONS
 from pipelines.synthetic_stream import motions
 
@@ -41,6 +42,8 @@ class Train:
     method: str = "mone"
     """"mone", or the baseline to train in its place (mone/baselines.py): dense, random_router, uniform, proportionate,
     submodel, token_drop, tome."""
+    init: str = ""
+    """Model folder to start from: its weights, fitted to the recipe's sizes; new classes get a new head."""
     num_clips: int = 0
     """Clips to render for "motions"; 0 takes the recipe's number."""
     clips_per_video: int = 1
@@ -62,13 +65,19 @@ def train(config: Train) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(config, name)}")
     with checking_input():
         load_clips, labels = _data(config)
-        recipe = _adapt(RECIPES[config.recipe](), config, len(labels))
+        start = read_checkpoint(config.init) if config.init else None
+        recipe = _adapt(RECIPES[config.recipe](), config, start, len(labels))
     device = choose_device(config.device)
     output = make_output(config.output)
     _check_same_run(output, config, recipe)
 
     torch.manual_seed(config.seed)
-    trainer = Trainer(ViViT(recipe.model).to(device), recipe.train)
+    model = ViViT(recipe.sizes)
+    if start:
+        with checking_input():
+            for line in initialise_from(model, start, labels=labels):
+                print(line, file=sys.stderr)
+    trainer = Trainer(model.to(device), recipe.train)
     if (output / STATE_FILE).exists():
         trainer.load(output / STATE_FILE)
         print(f"continue after epoch {trainer.epoch} of {recipe.train.epochs}", file=sys.stderr)
@@ -76,7 +85,7 @@ def train(config: Train) -> None:
         clips, held_out = (part.to(device) for part in load_clips(recipe))
         if not len(clips):
             raise UserError(f"no clip of {config.data} can be read")
-        _train_epochs(trainer, clips, held_out, output, capacities_of(config.method, recipe.model, _SHOWN_CAPACITIES))
+        _train_epochs(trainer, clips, held_out, output, capacities_of(config.method, recipe.sizes, _SHOWN_CAPACITIES))
     notes = _notes(config, recipe, output)
     save_checkpoint(trainer.averaged, labels, output / MODEL_DIR, dtype=torch.bfloat16, notes=notes)
     print(output / MODEL_DIR)
@@ -145,7 +154,7 @@ def _data(config: Train) -> tuple[LoadClips, tuple[str, ...]]:
 
 
 def _rendered(recipe: Recipe) -> tuple[MemoryClips, MemoryClips]:
-    return motions("train", recipe.num_clips, recipe.model), motions("val", 1200, recipe.model)
+    return motions("train", recipe.num_clips, recipe.sizes), motions("val", 1200, recipe.sizes)
 
 
 def _labelled(config: Train) -> tuple[LoadClips, tuple[str, ...]]:
@@ -166,8 +175,8 @@ def _labelled(config: Train) -> tuple[LoadClips, tuple[str, ...]]:
     labels = tuple(sorted({video.label for video in videos}))
 
     def decode(recipe: Recipe) -> tuple[MemoryClips, MemoryClips]:
-        plan = ClipPlan(span_s=recipe.model.span_s, clips_per_video=config.clips_per_video)
-        train, val = (labelled(part, labels, plan, recipe.model) for part in parts)
+        plan = ClipPlan(span_s=recipe.sizes.span_s, clips_per_video=config.clips_per_video)
+        train, val = (labelled(part, labels, plan, recipe.sizes) for part in parts)
         for name, reason in (train.failures | val.failures).items():
             print(f"left out {name}: {reason}", file=sys.stderr)
         return train.clips, val.clips
@@ -175,13 +184,16 @@ def _labelled(config: Train) -> tuple[LoadClips, tuple[str, ...]]:
     return decode, labels
 
 
-def _adapt(recipe: Recipe, config: Train, num_classes: int) -> Recipe:
+def _adapt(recipe: Recipe, config: Train, start: Checkpoint | None, num_classes: int) -> Recipe:
     """The recipe with what the command line changes.
 
     Raises:
-        ValueError: An unknown method.
+        ValueError: An unknown method, or a recipe that needs a model to start from.
     """
-    model = with_method(dataclasses.replace(recipe.model, num_classes=num_classes), config.method)
+    sizes = recipe.model or (start and start.config)
+    if not sizes:
+        raise ValueError(f"recipe {config.recipe!r} starts from a model: give --init MODEL")
+    model = with_method(dataclasses.replace(sizes, num_classes=num_classes), config.method)
     stages, routing = recipe.train.stages, METHODS[config.method].routing
     if routing:
         stages = tuple(dataclasses.replace(stage, routing=routing) for stage in stages)

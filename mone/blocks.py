@@ -116,8 +116,7 @@ class Block(nn.Module):
     """Pre-norm transformer block of nested experts (MoNE equation 1).
 
     The paper leaves the place of LayerNorm open; here it sees all D features of every token before each branch. (Over
-    the first d alone, nested widths would see differently scaled inputs, and full capacity of an existing ViT's weights
-    would no longer be the only thing that it equals.)
+    the first d alone, every width would scale the same features differently. At full width both are the plain block.)
     """
 
     def __init__(self, config: ModelConfig, drop_path: float = 0.0) -> None:

@@ -114,6 +114,15 @@ class NestedEncoder(nn.Module):
         """
         return self.alpha_L + (self.alpha_L.clamp(0.0, _LARGEST_ALPHA) - self.alpha_L).detach()
 
+    @torch.no_grad()
+    def project_alphas(self) -> None:
+        """Put every alpha back into [0, 1), after an optimiser's step.
+
+        Without it an alpha that is pushed down wanders far below 0, and has all the way to come back before it does
+        anything again.
+        """
+        self.alpha_L.clamp_(0.0, _LARGEST_ALPHA)
+
 
 class TemporalEncoder(nn.Module):
     """Dense transformer over the frame vectors, read out at a class token (ViViT section 3.3; MoNE section 4.2)."""

@@ -101,10 +101,10 @@ class ViViT(nn.Module):
 
 
 def to_float(patches_BKP: Tensor, config: ModelConfig, dtype: torch.dtype, kept_BK: Tensor | None = None) -> Tensor:
-    """uint8 patches as the model sees them; pixels stay uint8 until they are on the device."""
-    pixels_BKP = patches_BKP.to(dtype)
+    """uint8 patches as the model sees them; pixels stay uint8 until they are on the device, and are rounded once."""
+    pixels_BKP = patches_BKP.to(torch.promote_types(dtype, torch.float32))
     if config.pixels == "scaled":
-        return pixels_BKP / 127.5 - 1.0
+        return (pixels_BKP / 127.5 - 1.0).to(dtype)
     # The mean of each frame, in which a dropped patch counts as what stands for it.
     mean_BFN = pixels_BKP.mean(dim=-1)
     if kept_BK is not None:
@@ -113,7 +113,7 @@ def to_float(patches_BKP: Tensor, config: ModelConfig, dtype: torch.dtype, kept_
     mean_BK = mean_BF.repeat_interleave(config.num_tokens, dim=1)
     if kept_BK is not None:
         mean_BK = mean_BK.gather(1, kept_BK)
-    return (pixels_BKP - mean_BK.unsqueeze(-1)) / 64.0
+    return ((pixels_BKP - mean_BK.unsqueeze(-1)) / 64.0).to(dtype)
 
 
 def initialise(model: ViViT) -> None:

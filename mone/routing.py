@@ -1,6 +1,6 @@
 """Which expert takes which token: the router and Expert Preferred Routing (MoNE section 3.2, algorithm 1).
 
-Shapes: B sequences (one per clip and temporal index), N tokens, D features, E experts, P values of a patch.
+Shapes: B sequences (one per budget: a frame, or a clip), N tokens, D features, E experts, P values of a patch.
 """
 
 from typing import NamedTuple
@@ -55,7 +55,7 @@ class MotionRouter(LearnedRouter):
 
     A linear router cannot see change, which has no sign, and where alpha stays at 0 it learns nothing at all. Here the
     logit of expert j gets s_j m, where m is the mean absolute difference of the token's successive frames, standardised
-    over the frame's tokens, and s is learnt from a start that grows with the expert.
+    over the tokens of its budget, and s is learnt from a start that grows with the expert.
     """
 
     def __init__(self, dim: int, num_experts: int, tubelet_frames: int) -> None:
@@ -76,8 +76,8 @@ class MotionRouter(LearnedRouter):
 class RandomRouter(nn.Module):
     """Baseline: preferences that know nothing of the content.
 
-    In training they are drawn anew at each step. In evaluation they are a hash of the token's pixels and position, so
-    that a clip gets the same answer whatever else is in its batch.
+    In training they are drawn anew at each step. In evaluation they are a hash of the token's pixels and its place in
+    the sequence, so that a clip gets the same answer whatever else is in its batch.
     """
 
     def __init__(self, num_experts: int) -> None:

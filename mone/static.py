@@ -1,8 +1,9 @@
 """Static patches: run-length tokens (RLT, Choudhury et al., 2024), decided on uint8 before anything ships or computes.
 
 A patch that shows what its place showed before is dropped; the last one that was kept stands for it. In a factorised
-encoder it keeps answering attention in the later frames (its key and value would be the same there, but for what its
-neighbours changed), so dropping is nearly free of error. A joint encoder sees fewer tokens, as in RLT.
+encoder, whose frames share their position embeddings, it keeps answering attention in the later frames: its key and
+value would be the same there but for what its neighbours changed, so dropping is nearly free of error. A joint encoder
+sees fewer tokens, as in RLT.
 
 Shapes: F temporal indices, N tokens per index, P values per patch, K patches kept. NumPy only, as decoding workers are.
 """

@@ -218,6 +218,7 @@ class Trainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
+        self.model.encoder.project_alphas()
         self.average.update_parameters(self.model)
         correct = (logits_BC.argmax(-1) == batch.labels_B).sum()
         return torch.stack([loss.detach() * len(batch.labels_B), correct.float()])

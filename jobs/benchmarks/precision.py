@@ -100,7 +100,7 @@ def _decoded(data: str, config: ModelConfig, num_videos: int) -> tuple[Tensor, i
     from pipelines.archive import list_videos
     from pipelines.manifest import plan_video
     from pipelines.schema import MANIFEST
-    from pipelines.tokenize import patches_of, tokenize_table
+    from pipelines.tokenize import tokenize_table, tokens_of
 
     plan = ClipPlan(span_s=config.span_s, clips_per_video=1)
     with checking_input():
@@ -112,7 +112,8 @@ def _decoded(data: str, config: ModelConfig, num_videos: int) -> tuple[Tensor, i
     for clip in decoded.select(["video", "status", "error"]).to_pylist():
         if clip["error"]:
             print(f"left out {clip['video']}: {clip['status']}: {clip['error']}", file=sys.stderr)
-    return torch.from_numpy(patches_of(decoded, config)), decoded["patches"].null_count
+    whole = tokens_of(decoded, config)  # all of one size, or none
+    return torch.from_numpy(whole[0].patches[:, 0]) if whole else torch.empty(0), decoded["patches"].null_count
 
 
 class _Recording(nn.Module):

@@ -71,6 +71,7 @@ def test_a_video_checkpoint_is_converted_and_resized(tmp_path, convert):
     config = checkpoint.config
     assert (config.num_frames, config.height_px, config.width_px, config.num_experts) == (8, 32, 16, 3)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "config.json",
         "labels.json",
         "model.safetensors",

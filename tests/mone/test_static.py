@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mone.static import LEVELS, kept_patches, last_kept
+from mone.blocks import last_kept
+from mone.static import LEVELS, kept_patches
 
 
 def slow_kept(patches_FNP, threshold):
