@@ -82,8 +82,7 @@ def _parse(config_type: type[Config], argv: list[str], program: str, description
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            settings = (tyro.conf.FlagConversionOff,)
-            return tyro.cli(config_type, args=argv, prog=program, description=description, config=settings)
+            return tyro.cli(config_type, args=argv, prog=program, description=description)
     except SystemExit as end:
         if not end.code:
             raise

@@ -133,7 +133,7 @@ def motion_model(tmp_path_factory):
 def test_float64_is_exact_and_fewer_bits_are_worse(measured, motion_model):
     dtypes = ["float64", "float32", "bf16", "bf16_autocast"]
     record = measured(
-        *("precision", "--model", motion_model, "--random", "True", "--clips", 5, "--batch-size", 2),
+        *("precision", "--model", motion_model, "--random", "--clips", 5, "--batch-size", 2),
         *(*ASKED, "--device", "cpu", "--dtypes", *dtypes),
     )
     rows = {(row["dtype"], row["capacity"]): row for row in record["rows"]}
@@ -192,7 +192,7 @@ def test_bad_options_of_model(refused, options, names):
     [
         (["--model", "no-such-model"], "no-such-model"),
         (["--data", "no-such-videos"], "no-such-videos"),
-        (["--data", "videos", "--random", "True"], "--data"),
+        (["--data", "videos", "--random"], "--data"),
         (["--dtypes", "float32", "int8"], "int8"),
         (["--device", "cpu", "--dtypes", "fp16_autocast"], "fp16_autocast"),
         (["--capacity", "0"], "capacity"),
