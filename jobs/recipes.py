@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mone.augment import AugmentConfig
 from mone.config import ModelConfig
-from mone.training import Stage, TrainConfig
+from mone.stages import Stage, TrainConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,41 @@ def motions() -> Recipe:
     )
 
 
+def small_videos() -> Recipe:
+    """Some hundred labelled videos from scratch: 16 frames of 112 x 112, a small ViViT, strong augmentation.
+
+    python -m jobs.train --recipe small_videos --data LABELLED --output runs/videos
+    """
+    return Recipe(
+        model=ModelConfig(
+            num_classes=5,
+            num_frames=16,
+            height_px=112,
+            width_px=112,
+            tubelet_px=16,
+            dim=192,
+            num_heads=3,
+            depth=6,
+            temporal_depth=2,
+            router="motion",
+            pixels="centred",
+            drop_path=0.1,
+            span_s=2.56,
+        ),
+        train=TrainConfig(
+            stages=(
+                Stage(name="nested", epochs=40, routing="nested", learning_rate=1e-3),
+                Stage(name="adaptive", epochs=80, routing="mone", learning_rate=1e-3),
+            ),
+            batch_size=64,
+            augment=AugmentConfig(crop_scale=(0.4, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=0.5, colour_jitter=0.3),
+            frame_margin=1.15,
+            num_spare_frames=4,
+            bf16=True,
+        ),
+    )
+
+
 def adapt() -> Recipe:
     """From a dense model to one for many budgets: nested training, then adaptive MoNE (MoNE section 4.2).
 
@@ -83,4 +119,4 @@ def adapt() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"motions": motions, "adapt": adapt}
+RECIPES: dict[str, Callable[[], Recipe]] = {"motions": motions, "small_videos": small_videos, "adapt": adapt}

@@ -1,42 +1,46 @@
-"""Train a model by a recipe, on labelled videos or on generated motions; one process, one device.
+"""Train a model by a recipe, on labelled videos or on generated motions; in this process, or on a Ray cluster.
 
 python -m jobs.train --recipe motions --data motions --output DIR
+python -m jobs.train --recipe ucf --data LABELLED --output DIR --num-workers 2 --cache DIR/cache
 """
 
 import dataclasses
+import functools
 import json
+import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Literal
 
 from jobs.cli import JobFailed, UserError, checking_input, run
 from jobs.inputs import choose_device, make_output
 from jobs.recipes import RECIPES, Recipe
-from mone.baselines import METHODS, capacities_of, with_method
-from mone.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
-from mone.model import ViViT
-from mone.training import DivergedError, EpochReport, MemoryClips, Trainer, accuracy
-from mone.transfer import initialise_from
-from pipelines.synthetic import MOTIONS
-from pipelines.synthetic_stream import motions
+from jobs.run_log import RunLog
+from jobs.training_data import MOTIONS_DATA, TrainingData, load_in_memory, training_data, worker_sources
+from mone.baselines import METHODS, with_method
+from mone.checkpoint import Checkpoint, read_checkpoint
+from mone.parallel import Parallel
+from mone.training import DivergedError
+from pipelines.train_loop import MODEL_DIR, LocalLink, Sources, TrainJob, train_loop
 
-STATE_FILE, METRICS_FILE, MODEL_DIR = "state.pt", "metrics.jsonl", "model"
-MOTIONS_DATA = "motions"
-_SHOWN_CAPACITIES = (0.2, 0.4, 1.0)
+# Options that decide the model, beside recipe and method.
+_DECISIVE = ("data", "init", "split_column", "num_clips", "clips_per_video", "epochs", "seed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Train:
-    """Train by a recipe and write DIR/model; stopped or killed, the same command continues after its last epoch."""
+    """Train by a recipe and write DIR/model; stopped or killed, the same command continues after its last checkpoint.
+
+    Metrics go to DIR/metrics.jsonl and DIR/tensorboard. The test split is measured once, at the end.
+    """
 
     data: str
     """Labelled videos (.csv/.parquet/.jsonl with video, label, split; or a folder per class), or "motions"."""
     output: str
-    """DIR for the model, the state to continue from, and metrics.jsonl."""
+    """DIR for the model, its checkpoints and metrics; every worker must see it."""
     recipe: str = "motions"
     """One of the functions in jobs/recipes.py."""
     method: str = "mone"
@@ -44,6 +48,21 @@ class Train:
     submodel, token_drop, tome."""
     init: str = ""
     """Model folder to start from: its weights, fitted to the recipe's sizes; new classes get a new head."""
+    num_workers: str = "0"
+    """0: here, with all clips in memory. N: workers of Ray Train, clips streamed by Ray Data. MIN:MAX: as many as the
+    cluster has, growing and shrinking with it."""
+    cache: str = ""
+    """Folder or URI for decoded clips, so that they are decoded once; with --num-workers."""
+    cache_gb: float = 100.0
+    """The cache holds at most so much; clips beyond it are decoded in each epoch."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """fsdp spreads the weights over the workers (FSDP2), for models that do not fit on one."""
+    storage: str = ""
+    """Folder or URI of the checkpoints, with --num-workers; default DIR."""
+    checkpoint_every: int = 500
+    """Steps from one checkpoint to the next; every epoch ends with one too."""
+    split_column: str = "split"
+    """Column of the data that says train, val or test."""
     num_clips: int = 0
     """Clips to render for "motions"; 0 takes the recipe's number."""
     clips_per_video: int = 1
@@ -53,85 +72,108 @@ class Train:
     seed: int = 0
     """Of weights, order and draws."""
     device: str = ""
-    """"cuda", "cpu"; default the GPU where there is one."""
+    """"cuda", "cpu"; default the GPU where there is one. Without --num-workers."""
+    log_samples: bool = False
+    """Write down which samples each step saw, in DIR/samples."""
+    address: str = ""
+    """Ray cluster, with --num-workers; default RAY_ADDRESS, else Ray starts here."""
 
 
 def train(config: Train) -> None:
     """Run the job."""
-    if config.recipe not in RECIPES:
-        raise UserError(f"unknown recipe {config.recipe!r}; there are {', '.join(RECIPES)}")
-    for name, least in (("num_clips", 0), ("epochs", 0), ("clips_per_video", 1)):
-        if getattr(config, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(config, name)}")
+    workers = _check(config)
     with checking_input():
-        load_clips, labels = _data(config)
+        data = training_data(config.data, config.split_column)
         start = read_checkpoint(config.init) if config.init else None
-        recipe = _adapt(RECIPES[config.recipe](), config, start, len(labels))
-    device = choose_device(config.device)
+        recipe = _adapt(RECIPES[config.recipe](), config, start, len(data.labels))
     output = make_output(config.output)
     _check_same_run(output, config, recipe)
-
-    torch.manual_seed(config.seed)
-    model = ViViT(recipe.sizes)
-    if start:
-        with checking_input():
-            for line in initialise_from(model, start, labels=labels):
-                print(line, file=sys.stderr)
-    trainer = Trainer(model.to(device), recipe.train)
-    if (output / STATE_FILE).exists():
-        trainer.load(output / STATE_FILE)
-        print(f"continue after epoch {trainer.epoch} of {recipe.train.epochs}", file=sys.stderr)
-    if trainer.epoch < recipe.train.epochs:
-        clips, held_out = (part.to(device) for part in load_clips(recipe))
-        if not len(clips):
-            raise UserError(f"no clip of {config.data} can be read")
-        _train_epochs(trainer, clips, held_out, output, capacities_of(config.method, recipe.sizes, _SHOWN_CAPACITIES))
-    notes = _notes(config, recipe, output)
-    save_checkpoint(trainer.averaged, labels, output / MODEL_DIR, dtype=torch.bfloat16, notes=notes)
+    job = TrainJob(
+        model=recipe.sizes,
+        train=recipe.train,
+        labels=data.labels,
+        output=str(output),
+        method=config.method,
+        init=config.init,
+        notes=_notes(config, recipe),
+        checkpoint_every=config.checkpoint_every,
+        log_samples=config.log_samples,
+    )
+    try:
+        if workers == 0:
+            _train_here(config, job, data, output)
+        else:
+            _train_on_ray(config, job, data, workers)
+    except DivergedError as error:
+        raise JobFailed(f"{error}; the last checkpoint is kept") from error
     print(output / MODEL_DIR)
 
 
-def _train_epochs(
-    trainer: Trainer, clips: MemoryClips, held_out: MemoryClips, output: Path, capacities: tuple[float, ...]
-) -> None:
-    try:
-        for report in trainer.run(clips):
-            scores = {}
-            if len(held_out):
-                scores = {capacity: accuracy(trainer.averaged, held_out, capacity) for capacity in capacities}
-            _write_metrics(output / METRICS_FILE, report, scores)
-            trainer.save(output / STATE_FILE)
-            print(_line(report, scores), file=sys.stderr)
-    except DivergedError as error:
-        raise JobFailed(f"{error}; the state after epoch {trainer.epoch} is kept") from error
+def _check(config: Train) -> int | tuple[int, int]:
+    """The number of workers.
+
+    Raises:
+        UserError: An option out of range, or without effect.
+    """
+    if config.recipe not in RECIPES:
+        raise UserError(f"unknown recipe {config.recipe!r}; there are {', '.join(RECIPES)}")
+    for name, least in (("num_clips", 0), ("epochs", 0), ("clips_per_video", 1), ("checkpoint_every", 1)):
+        if getattr(config, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(config, name)}")
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", config.num_workers)
+    if not match:
+        raise UserError(f"--num-workers must be N or MIN:MAX, got {config.num_workers!r}")
+    least, most = int(match[1]), int(match[2] or match[1])
+    if most < least or (match[2] and not least):
+        raise UserError(f"--num-workers {config.num_workers}: MIN must be at least 1 and at most MAX")
+    idle = ("cache", "storage", "address") if most == 0 else ("device",)
+    for name in idle:
+        if getattr(config, name):
+            raise UserError(f"--{name} has no effect {'without' if most == 0 else 'with'} --num-workers")
+    if config.strategy == "fsdp" and most == 0:
+        raise UserError("--strategy fsdp needs --num-workers")
+    return (least, most) if match[2] else most
 
 
-def _write_metrics(path: Path, report: EpochReport, scores: dict[float, float]) -> None:
-    """Add the epoch's line; before its state is saved, in place of what a run stopped between the two has left."""
-    before = path.read_text().splitlines()[: report.epoch - 1] if path.exists() else []
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in [*before, json.dumps(report._asdict() | {"val_top1": scores})]))
-    partial.replace(path)
-
-
-def _line(report: EpochReport, scores: dict[float, float]) -> str:
-    shown = "  ".join(f"val@{capacity:g} {score:.1%}" for capacity, score in scores.items())
-    return (
-        f"epoch {report.epoch:>3}/{report.epochs} {report.stage:<9} loss {report.loss:.4f}  train {report.accuracy:.1%}"
-        f"  {shown}  alpha {report.alpha:.3f}  {report.clips_per_s:,.0f} clips/s"
+def _train_here(config: Train, job: TrainJob, data: TrainingData, output: Path) -> None:
+    device = choose_device(config.device)
+    if (output / MODEL_DIR).exists():
+        return
+    sources = [clips.to(device) for clips in load_in_memory(data, job, _clips(config))]
+    if not len(sources[0]):
+        raise UserError(f"no clip of {config.data} can be read")
+    for source in sources:
+        for name, reason in source.failures.items():
+            print(f"left out {name}: {reason}", file=sys.stderr)
+    train_loop(
+        job, Sources(*sources), Parallel(device), LocalLink(output, RunLog(job.output, config.data, config.recipe))
     )
 
 
-def _notes(config: Train, recipe: Recipe, output: Path) -> str:
-    """For the model card: what was run, and the last epoch's figures."""
+def _train_on_ray(config: Train, job: TrainJob, data: TrainingData, workers: int | tuple[int, int]) -> None:
+    from jobs.cluster import connected
+    from pipelines.train_ray import Workers, fit
+
+    if (Path(job.output) / MODEL_DIR).exists():
+        return
+    with connected(config.address):
+        sources = worker_sources(data, job, _clips(config), config.cache, int(config.cache_gb * 1e9))
+        log = functools.partial(RunLog, job.output, config.data, config.recipe)
+        asked = Workers(count=workers, strategy=config.strategy, storage=config.storage or job.output)
+        fit(job, sources, asked, log)
+
+
+def _clips(config: Train) -> int:
+    """Clips per video; of generated data, clips in all."""
+    if config.data == MOTIONS_DATA:
+        return config.num_clips or RECIPES[config.recipe]().num_clips
+    return config.clips_per_video
+
+
+def _notes(config: Train, recipe: Recipe) -> str:
+    """For the model card: what was run."""
     stages = ", then ".join(f"{stage.epochs} epochs of {stage.name} ({stage.routing})" for stage in recipe.train.stages)
-    notes = f"`{_command(config)}`, seed {config.seed}: {stages}."
-    if not (output / METRICS_FILE).exists():
-        return notes
-    last = json.loads((output / METRICS_FILE).read_text().splitlines()[-1])
-    scores = [f"{score:.1%} at capacity {float(capacity):.3g}" for capacity, score in last["val_top1"].items()]
-    top1 = f"top-1 on the val split {', '.join(scores)}" if scores else "no val split"
-    return f"{notes} Training loss {last['loss']:.3f}; {top1}."
+    return f"`{_command(config)}`, seed {config.seed}: {stages}."
 
 
 def _command(config: Train) -> str:
@@ -139,49 +181,9 @@ def _command(config: Train) -> str:
     words = ["python -m jobs.train"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        always, never = field.name in ("data", "recipe", "method"), field.name in ("output", "device")
-        if always or (value != field.default and not never):
+        if field.name in ("data", "recipe", "method") or (value != field.default and field.name in _DECISIVE):
             words.append(f"--{field.name.replace('_', '-')} {shlex.quote(str(value))}")
     return " ".join(words)
-
-
-LoadClips = Callable[[Recipe], tuple[MemoryClips, MemoryClips]]
-
-
-def _data(config: Train) -> tuple[LoadClips, tuple[str, ...]]:
-    """How to load training and held-out clips of a recipe, and the names of the classes."""
-    return (_rendered, MOTIONS) if config.data == MOTIONS_DATA else _labelled(config)
-
-
-def _rendered(recipe: Recipe) -> tuple[MemoryClips, MemoryClips]:
-    return motions("train", recipe.num_clips, recipe.sizes), motions("val", 1200, recipe.sizes)
-
-
-def _labelled(config: Train) -> tuple[LoadClips, tuple[str, ...]]:
-    """Labelled videos; the test split is never looked at, and without splits everything is for training.
-
-    Raises:
-        ArchiveError: Data that cannot be listed.
-    """
-    # Here, so that a machine which only renders needs no decoder.
-    from pipelines.archive import list_labelled
-    from pipelines.timeline import ClipPlan
-    from pipelines.training_stream import labelled
-
-    videos = list(list_labelled(config.data))
-    parts = [[video for video in videos if video.split in splits] for splits in (("train", ""), ("val",))]
-    if not parts[0]:
-        raise UserError(f"{config.data} has no rows with split 'train'")
-    labels = tuple(sorted({video.label for video in videos}))
-
-    def decode(recipe: Recipe) -> tuple[MemoryClips, MemoryClips]:
-        plan = ClipPlan(span_s=recipe.sizes.span_s, clips_per_video=config.clips_per_video)
-        train, val = (labelled(part, labels, plan, recipe.sizes) for part in parts)
-        for name, reason in (train.failures | val.failures).items():
-            print(f"left out {name}: {reason}", file=sys.stderr)
-        return train.clips, val.clips
-
-    return decode, labels
 
 
 def _adapt(recipe: Recipe, config: Train, start: Checkpoint | None, num_classes: int) -> Recipe:
@@ -213,7 +215,7 @@ def _adapt(recipe: Recipe, config: Train, start: Checkpoint | None, num_classes:
 def _check_same_run(output: Path, config: Train, recipe: Recipe) -> None:
     """Keep the run's description beside it, and refuse to continue another one."""
     description = json.dumps(
-        {"data": config.data, "clips_per_video": config.clips_per_video, "recipe": dataclasses.asdict(recipe)},
+        {name: getattr(config, name) for name in ("method", *_DECISIVE)} | {"recipe": dataclasses.asdict(recipe)},
         indent=1,
         default=str,
     )

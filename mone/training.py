@@ -1,279 +1,320 @@
-"""The training loop: stages of epochs over clips that lie in memory. Plain PyTorch, one device.
+"""The trainer: one optimiser step after another, on one worker or many, resumable after any of them.
 
-A run is reproducible and resumable: all randomness of an epoch comes from (seed, epoch), so a run that is stopped and
-continued takes the same steps as one that is not.
+All that is random comes from (seed, epoch, sample) or (seed, step), and a step's loss is averaged over the clips of all
+workers, so a run is the same however many workers it has, and however often it is stopped and continued.
 
-Shapes: B clips, F temporal indices, N tokens per index, P values per patch.
+Shapes: B clips, T frames, H x W pixels, C = 3 channels or C classes.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
-from mone.config import ModelConfig
+from mone.augment import augment, centre, mix
+from mone.clips import Batch, ClipSource
+from mone.compute import clip_flops
 from mone.model import ViViT
+from mone.optim import make_optimizer, schedule
+from mone.order import EpochOrder
+from mone.parallel import Parallel
+from mone.stages import Stage, TrainConfig
+from mone.tubelets import to_patches
+
+# Whole tensors on the CPU of rank 0, whatever the sharding: a checkpoint fits any number of workers.
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_LOADED = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
 
 
-class Batch(NamedTuple):
-    """uint8 patches [B, F, N, P] and int64 labels [B], on the training device."""
+class Place(NamedTuple):
+    """Where a run is: `samples` of the epoch are done, and `step` steps in all."""
 
-    patches_BFNP: Tensor
-    labels_B: Tensor
-
-
-class ClipSource(Protocol):
-    """Where batches come from."""
-
-    def __len__(self) -> int:
-        """Clips of an epoch."""
-        ...
-
-    def batches(self, batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
-        """One epoch, in an order drawn from the generator (None: as stored); the last batch may be smaller."""
-        ...
+    epoch: int
+    samples: int
+    step: int
 
 
-class MemoryClips:
-    """Clips that fit in memory, kept on the training device.
-
-    Attributes:
-        patches_SFNP: uint8 patches of all clips.
-        labels_S: int64 classes.
-    """
-
-    def __init__(self, patches_SFNP: Tensor, labels_S: Tensor) -> None:
-        assert len(patches_SFNP) == len(labels_S)
-        self.patches_SFNP, self.labels_S = patches_SFNP, labels_S
-
-    def __len__(self) -> int:
-        return len(self.labels_S)
-
-    def batches(self, batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
-        """One epoch; every clip once."""
-        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        for chosen in order.to(self.labels_S.device).split(batch_size):
-            yield Batch(self.patches_SFNP[chosen], self.labels_S[chosen])
-
-    def to(self, device: torch.device | str) -> "MemoryClips":
-        """The same clips on a device."""
-        return MemoryClips(self.patches_SFNP.to(device), self.labels_S.to(device))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """Epochs with one way of choosing each step's experts, under one warm-up and cosine.
-
-    Attributes:
-        name: For the log.
-        epochs: Passes over the clips.
-        routing: "dense": full width. "nested": all tokens through one expert, drawn per step ("MatViT" pre-training,
-            MoNE section 4.2). "mone": Expert Preferred Routing at a capacity drawn per step.
-        capacities: What "mone" draws from; one value trains at a fixed capacity.
-        learning_rate: Peak.
-    """
-
-    name: str
-    epochs: int
-    routing: Literal["dense", "nested", "mone"]
-    capacities: tuple[float, ...] = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
-    learning_rate: float = 1e-3
-
-    def draw_counts(self, model: ModelConfig, generator: torch.Generator) -> tuple[int, ...]:
-        """Tokens of each expert for one step."""
-        if self.routing == "mone":
-            return model.token_counts(self.capacities[_draw(len(self.capacities), generator)])
-        # ToMe has no narrow experts: merging nothing is all that it can do here.
-        dense = self.routing == "dense" or model.allocation == "tome"
-        expert = model.num_experts - 1 if dense else _draw(model.num_experts, generator)
-        return tuple(model.tokens_per_budget() * (index == expert) for index in range(model.num_experts))
-
-
-def _draw(choices: int, generator: torch.Generator) -> int:
-    return int(torch.randint(choices, (), generator=generator))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """How to train; the model's sizes are a `ModelConfig`.
-
-    Attributes:
-        stages: In order; each begins with the weights of the one before.
-        batch_size: Clips of a step.
-        weight_decay: AdamW's, on matrices only.
-        warmup_share: Share of a stage's steps in which the learning rate rises.
-        label_smoothing: Of the cross-entropy.
-        max_grad_norm: Gradients are scaled down to it.
-        ema_decay: Decay per step of the weight average that is evaluated and saved.
-        bf16: Autocast to bfloat16 (weights stay float32).
-        seed: Of initial weights, order, draws.
-    """
-
-    stages: tuple[Stage, ...]
-    batch_size: int = 64
-    weight_decay: float = 0.05
-    warmup_share: float = 0.05
-    label_smoothing: float = 0.1
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    bf16: bool = False
-    seed: int = 0
-
-    @property
-    def epochs(self) -> int:
-        """Epochs of all stages."""
-        return sum(stage.epochs for stage in self.stages)
-
-
-class EpochReport(NamedTuple):
-    """What an epoch was like: means over its steps, and the time it took."""
+class Metrics(NamedTuple):
+    """What happened since the last time, over all workers."""
 
     stage: str
     epoch: int
-    epochs: int
+    step: int
     loss: float
     accuracy: float
     learning_rate: float
+    grad_norm: float
     alpha: float
+    clips: int
     clips_per_s: float
+    data_wait_share: float
+    flops: float
+    tokens_per_expert: tuple[float, ...]
+
+
+class Score(NamedTuple):
+    """Of clips that could be read: share of right answers, mean cross-entropy in nats, and how many there were."""
+
+    top1: float
+    nll: float
+    num_clips: int
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
-
-
-Augment = Callable[[Batch, torch.Generator], Batch]
+    """The loss is no longer a number, or far above where it began."""
 
 
 class Trainer:
     """A model with its optimiser and its place in the run."""
 
-    def __init__(self, model: ViViT, config: TrainConfig, *, augment: Augment | None = None) -> None:
-        self.model, self.config, self.augment = model, config, augment
-        self.average = torch.optim.swa_utils.AveragedModel(
-            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay)
-        )
-        self.optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), betas=(0.9, 0.98))
-        self.epoch = 0
+    def __init__(self, model: ViViT, config: TrainConfig, num_samples: int, parallel: Parallel) -> None:
+        """Place the model on its device; all workers must hold the same weights."""
+        self.config, self.parallel = config, parallel
+        self.module, self.model = parallel.wrap(model, bf16=config.bf16), model
+        self.optimizer = make_optimizer(model, config)
+        self.average = [parameter.detach().clone() for parameter in model.parameters()]
+        self.order, self.num_samples = EpochOrder(num_samples, config.seed), num_samples
+        self.place = Place(0, 0, 0)
+        self.trained_flops = 0
+        self._first_loss = math.inf
+        self._start_interval()
 
     @property
-    def averaged(self) -> ViViT:
-        """The model of averaged weights, which is the result."""
-        return cast(ViViT, self.average.module)
+    def done(self) -> bool:
+        """Whether all epochs are over."""
+        return self.place.epoch >= self.config.epochs
 
-    def run(self, clips: ClipSource) -> Iterator[EpochReport]:
-        """Train to the end; yields after each epoch, so that the caller logs, saves, evaluates or stops.
+    @property
+    def stage(self) -> Stage:
+        """The current stage, or the last one."""
+        return self._stage_and_epoch()[0]
 
-        Raises:
-            DivergedError: A loss that is not finite.
-        """
-        while self.epoch < self.config.epochs:
-            yield self._run_epoch(clips)
-
-    def _run_epoch(self, clips: ClipSource) -> EpochReport:
-        stage, epoch_of_stage = self._position()
-        steps = math.ceil(len(clips) / self.config.batch_size)
-        # One generator a purpose: where it lives differs (draws on the CPU, augmentation on the device).
-        draws = torch.Generator().manual_seed(hash((self.config.seed, self.epoch)) % 2**63)
-        device = next(self.model.parameters()).device
-        device_draws = torch.Generator(device).manual_seed(hash((self.config.seed, self.epoch, 1)) % 2**63)
-        torch.manual_seed(hash((self.config.seed, self.epoch, 2)) % 2**63)
-
-        self.model.train()
-        totals, started_s, rate = torch.zeros(2, device=device), time.perf_counter(), 0.0
-        for step, batch in enumerate(clips.batches(self.config.batch_size, draws)):
-            done_share = (epoch_of_stage * steps + step) / (stage.epochs * steps)
-            rate = stage.learning_rate * schedule(done_share, self.config.warmup_share)
-            counts = stage.draw_counts(self.model.config, draws)
-            totals += self._step(self.augment(batch, device_draws) if self.augment else batch, counts, rate)
-        loss, correct = (totals / len(clips)).tolist()
-        if not math.isfinite(loss):
-            raise DivergedError(f"the loss of epoch {self.epoch + 1} is {loss}; lower the learning rate")
-        self.epoch += 1
-        return EpochReport(
-            stage=stage.name,
-            epoch=self.epoch,
-            epochs=self.config.epochs,
-            loss=loss,
-            accuracy=correct,
-            learning_rate=rate,
-            alpha=float(self.model.encoder.bounded_alphas().detach().mean()),
-            clips_per_s=len(clips) / (time.perf_counter() - started_s),
+    def run(self, source: ClipSource) -> Iterator[Batch]:
+        """Train from here to the end of the epoch; yields after each step what this worker saw."""
+        assert not self.done and len(source) == self.num_samples
+        size, parallel = self.config.batch_size, self.parallel
+        plan = self.order.steps(
+            self.place.epoch, size, rank=parallel.rank, world=parallel.world, start_sample=self.place.samples
         )
+        batches = source.batches(plan)
+        for _ in plan:
+            asked_s = time.perf_counter()
+            batch = next(batches).to(parallel.device)
+            self._waited_s += time.perf_counter() - asked_s
+            self._step(batch)
+            epoch, samples, step = self.place
+            samples = min(samples + size, self.num_samples)
+            over = samples == self.num_samples
+            self.place = Place(epoch + over, 0 if over else samples, step + 1)
+            yield batch
 
-    def _step(self, batch: Batch, counts: tuple[int, ...], rate: float) -> Tensor:
-        """One optimiser step; returns the sums of loss and of right answers, [2], without waiting for the device."""
+    def _step(self, batch: Batch) -> None:
+        """One optimiser step, without waiting for the device."""
+        config, device, step = self.config, self.parallel.device, self.place.step
+        stage, epoch_of_stage = self._stage_and_epoch()
+        done_share = (epoch_of_stage + self.place.samples / self.num_samples) / stage.epochs
+        self._rate = stage.learning_rate * schedule(done_share, config.warmup_share)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(batch.patches_BFNP.device.type, torch.bfloat16, enabled=self.config.bf16):
-            logits_BC = self.model(batch.patches_BFNP, counts=counts).logits_BC.float()
-        loss = F.cross_entropy(logits_BC, batch.labels_B, label_smoothing=self.config.label_smoothing)
+            group["lr"] = self._rate * group["lr_scale"]
+        counts = stage.draw_counts(self.model.config, _generator(config.seed, step))
+        torch.manual_seed(hash((config.seed, step, self.parallel.rank)) % 2**63)  # dropout, random routers
+
+        self.module.train()
+        frames, targets = self._prepared(batch)
+        total = self.parallel.sum(torch.tensor(float(len(targets)), device=device)).clamp(min=1.0)
+        chunks = self._chunks(frames, targets)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        for index, (frames_BTHWC, targets_BC) in enumerate(chunks):
+            with self.parallel.accumulating(self.module, more=index + 1 < len(chunks)):
+                logits_BC = self._logits(frames_BTHWC, counts)
+                losses_B = F.cross_entropy(
+                    logits_BC, targets_BC, label_smoothing=config.label_smoothing, reduction="none"
+                )
+                weight_B = targets_BC.sum(dim=-1)  # 0 for what only keeps the workers in step
+                loss = (losses_B * weight_B).sum()
+                (loss * (self.parallel.world / total)).backward()
+            right = (logits_BC.argmax(-1) == targets_BC.argmax(-1)) * weight_B
+            self._sums += torch.stack([loss.detach(), right.sum(), weight_B.sum()])
+        self._grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
         self.optimizer.step()
         self.model.encoder.project_alphas()
-        self.average.update_parameters(self.model)
-        correct = (logits_BC.argmax(-1) == batch.labels_B).sum()
-        return torch.stack([loss.detach() * len(batch.labels_B), correct.float()])
+        self._update_average(step)
+        self._count(batch, counts)
 
-    def _position(self) -> tuple[Stage, int]:
+    def _prepared(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Augmented frames, and what is to be answered: float32 [B, C]."""
+        config, sizes = self.config, self.model.config
+        num_frames, height_px, width_px = sizes.num_frames, sizes.height_px, sizes.width_px
+        draws = {"seed": config.seed, "epoch": self.place.epoch}
+        view = {"num_frames": num_frames, "height_px": height_px, "width_px": width_px}
+        frames = augment(batch.frames_BTHWC, batch.samples_B, config.augment, **view, **draws)
+        return mix(frames, batch.labels_B, batch.samples_B, config.augment, num_classes=sizes.num_classes, **draws)
+
+    def _chunks(self, frames: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """As many micro-batches on every worker; where there is nothing left, one black clip of no weight."""
+        most = math.ceil(self.config.batch_size / self.parallel.world / 2) * 2
+        micro = self.config.micro_batch or most
+        shape = frames.shape[1:]
+        return [
+            (frames[start : start + micro], targets[start : start + micro])
+            if start < len(frames)
+            else (frames.new_zeros(1, *shape), targets.new_zeros(1, targets.shape[1]))
+            for start in range(0, most, micro)
+        ]
+
+    def _logits(self, frames_BTHWC: Tensor, counts: tuple[int, ...]) -> Tensor:
+        with autocast(self.parallel.device, self.config.bf16):
+            return self.module(self._patches(frames_BTHWC), counts=counts).logits_BC.float()
+
+    @torch.no_grad()
+    def _update_average(self, step: int) -> None:
+        """Move the average towards the weights; faster at first, so that it forgets where it began."""
+        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+        parameters = [parameter.detach() for parameter in self.model.parameters()]
+        torch._foreach_lerp_(self.average, parameters, 1 - decay)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[ViViT]:
+        """The model with the averaged weights, which are the result, in evaluation mode."""
+        kept = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self._put(self.average)
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self._put(kept)
+
+    @torch.no_grad()
+    def _put(self, tensors: list[Tensor]) -> None:
+        for parameter, tensor in zip(self.model.parameters(), tensors, strict=True):
+            parameter.copy_(tensor)
+
+    def evaluate(self, source: ClipSource, capacity: float, *, batch_size: int = 64) -> Score:
+        """Score the averaged model at an effective capacity, on all workers together."""
+        parallel, sizes = self.parallel, self.model.config
+        plan = EpochOrder(len(source), 0, shuffle=False).steps(
+            0, batch_size * parallel.world, rank=parallel.rank, world=parallel.world
+        )
+        sums = torch.zeros(3, device=parallel.device)
+        with self.averaged(), torch.no_grad(), autocast(parallel.device, self.config.bf16):
+            for batch in source.batches(plan):
+                frames, labels, _ = batch.to(parallel.device)
+                if not len(frames):  # FSDP's workers compute together
+                    frames, labels = frames.new_zeros(1, *frames.shape[1:]), labels.new_full((1,), -1)
+                logits_BC = self.module(self._patches(self._centre(frames)), capacity).logits_BC.float()
+                sums += torch.stack(
+                    [
+                        (logits_BC.argmax(-1) == labels).sum(),
+                        F.cross_entropy(logits_BC, labels, ignore_index=-1, reduction="sum"),
+                        (labels >= 0).sum(),
+                    ]
+                )
+        right, nll, total = parallel.sum(sums).tolist()
+        return Score(right / max(total, 1), nll / max(total, 1), round(total))
+
+    def _centre(self, frames: Tensor) -> Tensor:
+        sizes = self.model.config
+        return centre(frames, num_frames=sizes.num_frames, height_px=sizes.height_px, width_px=sizes.width_px)
+
+    def _patches(self, frames_BTHWC: Tensor) -> Tensor:
+        return to_patches(frames_BTHWC, self.model.config)
+
+    def metrics(self) -> Metrics:
+        """What happened since the last call; waits for the device. All workers must call it together.
+
+        Raises:
+            DivergedError: The loss is not finite, or three times what it was at first.
+        """
+        elapsed_s = time.perf_counter() - self._started_s
+        loss, right, clips = self.parallel.sum(self._sums.double()).tolist()
+        loss, accuracy = loss / max(clips, 1), right / max(clips, 1)
+        step = self.place.step
+        if not math.isfinite(loss):
+            raise DivergedError(f"the loss is {loss} at step {step}; lower the learning rate")
+        self._first_loss = min(self._first_loss, loss) if math.isfinite(self._first_loss) else loss
+        if loss > 3 * max(self._first_loss, math.log(self.model.config.num_classes)):
+            raise DivergedError(f"the loss has grown from {self._first_loss:.3g} to {loss:.3g} at step {step}")
+        routed = max(1, sum(self._tokens))
+        report = Metrics(
+            stage=self.stage.name,
+            epoch=self.place.epoch,
+            step=step,
+            loss=loss,
+            accuracy=accuracy,
+            learning_rate=self._rate,
+            grad_norm=float(self._grad_norm),
+            alpha=float(self.model.encoder.bounded_alphas().detach().mean()),
+            clips=round(clips),
+            clips_per_s=clips / elapsed_s,
+            data_wait_share=self._waited_s / elapsed_s,
+            flops=float(self._flops) * self.parallel.world,
+            tokens_per_expert=tuple(tokens / routed for tokens in self._tokens),
+        )
+        self._start_interval()
+        return report
+
+    def _start_interval(self) -> None:
+        self._sums = torch.zeros(3, device=self.parallel.device)
+        self._started_s, self._waited_s, self._flops = time.perf_counter(), 0.0, 0
+        self._tokens = [0] * self.model.config.num_experts
+        self._rate, self._grad_norm = 0.0, torch.zeros(())
+
+    def _count(self, batch: Batch, counts: tuple[int, ...]) -> None:
+        """Backward costs twice what forward does."""
+        flops = 3 * clip_flops(self.model.config, counts) * len(batch.labels_B)
+        self._flops += flops
+        self.trained_flops += flops * self.parallel.world
+        for expert, count in enumerate(counts):
+            self._tokens[expert] += count * len(batch.labels_B)
+
+    def _stage_and_epoch(self) -> tuple[Stage, int]:
         """The current stage and how many of its epochs are done."""
-        epoch = self.epoch
+        epoch = self.place.epoch
         for stage in self.config.stages:
             if epoch < stage.epochs:
                 return stage, epoch
             epoch -= stage.epochs
-        raise AssertionError("the run has ended")
+        return self.config.stages[-1], self.config.stages[-1].epochs
 
-    def save(self, path: Path) -> None:
-        """Write the state from which `load` continues; the file appears whole or not at all."""
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": self.epoch,
+    def state(self) -> dict[str, Any]:
+        """All that `load` needs to continue, as tensors and numbers. All workers must call it together."""
+        with self.averaged():
+            average = get_model_state_dict(self.model, options=_WHOLE)
+        return {
+            "model": get_model_state_dict(self.model, options=_WHOLE),
+            "average": average,
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE),
+            "place": list(self.place),
+            "trained_flops": self.trained_flops,
+            "first_loss": self._first_loss,
         }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)
 
-    def load(self, path: Path) -> None:
-        """Continue where `save` was called."""
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch = state["epoch"]
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was called, on any number of workers."""
+        set_model_state_dict(self.model, state["average"], options=_LOADED)
+        self.average = [parameter.detach().clone() for parameter in self.model.parameters()]
+        set_model_state_dict(self.model, state["model"], options=_LOADED)
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_LOADED)
+        self.place, self.trained_flops = Place(*state["place"]), state["trained_flops"]
+        self._first_loss = state["first_loss"]
 
 
-def schedule(done_share: float, warmup_share: float) -> float:
-    """Linear warm-up, then half a cosine down to zero; a factor in [0, 1]."""
-    if done_share < warmup_share or warmup_share >= 1:
-        return (done_share + 1e-3) / (warmup_share + 1e-3)
-    return 0.5 * (1 + math.cos(math.pi * (done_share - warmup_share) / (1 - warmup_share)))
+def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+    """Autocast to bfloat16 where it was asked for and the device has it in hardware."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda")
 
 
-def _parameter_groups(model: ViViT, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay on matrices only; biases, norms, embeddings and alpha are left alone."""
-    decayed = [p for name, p in model.named_parameters() if name.endswith("weight") and p.dim() == 2]
-    chosen = {id(parameter) for parameter in decayed}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-
-
-@torch.inference_mode()
-def accuracy(model: ViViT, clips: ClipSource, capacity: float, *, batch_size: int = 64) -> float:
-    """Share of clips whose best class is right, at an effective capacity."""
-    model.eval()
-    correct = [
-        (model(batch.patches_BFNP, capacity).logits_BC.argmax(-1) == batch.labels_B).sum()
-        for batch in clips.batches(batch_size, None)
-    ]
-    return float(torch.stack(correct).sum()) / len(clips)
+def _generator(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed(hash((seed, step)) % 2**63)

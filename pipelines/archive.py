@@ -42,18 +42,19 @@ class Video:
     split: str = ""
 
 
-def list_videos(archive: str) -> Iterator[Video]:
+def list_videos(archive: str, *, split_column: str = "split") -> Iterator[Video]:
     """The videos of an archive, each path once, in a stable order.
 
     Args:
         archive: A folder (searched recursively for video extensions), a glob, one video file, or a .csv, .parquet or
             .jsonl file with a column `video` (and `label`, `split`); relative paths there are relative to that file.
+        split_column: Column of a table that says which split a video belongs to.
 
     Raises:
         ArchiveError: Nothing there, no video in it, or a table without the column.
     """
     seen: set[str] = set()
-    for video in _list(archive):
+    for video in _list(archive, split_column):
         if video.uri not in seen:
             seen.add(video.uri)
             yield video
@@ -61,7 +62,7 @@ def list_videos(archive: str) -> Iterator[Video]:
         raise ArchiveError(f"no videos in {archive}")
 
 
-def list_labelled(data: str) -> Iterator[Video]:
+def list_labelled(data: str, *, split_column: str = "split") -> Iterator[Video]:
     """Labelled videos: a table with `video` and `label` (and `split`), or a folder with one folder per class.
 
     Raises:
@@ -70,7 +71,7 @@ def list_labelled(data: str) -> Iterator[Video]:
     path = Path(local_path(data))
     if path.is_dir() and (path / "labels.csv").is_file():
         path = path / "labels.csv"
-    for video in list_videos(str(path)):
+    for video in list_videos(str(path), split_column=split_column):
         label = video.label
         if path.is_dir():
             relative = Path(video.uri).relative_to(path.resolve())
@@ -80,13 +81,13 @@ def list_labelled(data: str) -> Iterator[Video]:
         yield Video(uri=video.uri, label=label, split=video.split)
 
 
-def _list(archive: str) -> Iterator[Video]:
+def _list(archive: str, split_column: str) -> Iterator[Video]:
     path = Path(local_path(archive))
     if path.is_dir():
         yield from _list_folder(path)
     elif path.is_file():
         is_table = path.suffix.lower() in TABLE_EXTENSIONS
-        yield from _list_table(path) if is_table else [Video(uri=str(path.resolve()))]
+        yield from _list_table(path, split_column) if is_table else [Video(uri=str(path.resolve()))]
     elif glob.has_magic(str(path)):
         for match in sorted(glob.iglob(str(path), recursive=True)):  # noqa: PTH207 - absolute patterns too
             if Path(match).is_file():
@@ -137,11 +138,13 @@ def _list_folder(folder: Path) -> Iterator[Video]:
                 yield Video(uri=_readable_name(str(Path(parent) / name)))
 
 
-def _list_table(path: Path) -> Iterator[Video]:
+def _list_table(path: Path, split_column: str) -> Iterator[Video]:
     table = read_table(path)
     if "video" not in table.column_names:
         raise ArchiveError(f"{path} has no column 'video'; it has {', '.join(table.column_names) or 'no columns'}")
-    columns = [_strings(table, name, path) for name in ("video", "label", "split")]
+    if split_column != "split" and split_column not in table.column_names:
+        raise ArchiveError(f"{path} has no column {split_column!r}; it has {', '.join(table.column_names)}")
+    columns = [_strings(table, name, path) for name in ("video", "label", split_column)]
     for number, (video, label, split) in enumerate(zip(*columns, strict=True), start=1):
         if not video:
             raise ArchiveError(f"{path}: row {number} has no video")

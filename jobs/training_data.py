@@ -1,0 +1,102 @@
+"""What a run trains on: labelled videos or generated motions, in memory or as streams."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.cli import UserError
+from mone.clips import MemoryClips
+from pipelines.synthetic import MOTIONS
+from pipelines.synthetic_stream import motions
+from pipelines.train_loop import Sources, TrainJob
+from pipelines.view import View
+
+MOTIONS_DATA = "motions"
+SPLITS = ("train", "val", "test")
+_MOTIONS_HELD_OUT = 1200
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """Names of the classes, and the videos of each split; None where clips are generated."""
+
+    labels: tuple[str, ...]
+    videos: dict[str, list[Any]] | None = None
+
+
+def training_data(data: str, split_column: str) -> TrainingData:
+    """What there is; the test split trains and chooses nothing, and rows without a split are for training.
+
+    Raises:
+        ArchiveError: Data that cannot be listed.
+        UserError: No training videos.
+    """
+    if data == MOTIONS_DATA:
+        return TrainingData(MOTIONS)
+    # Here, so that a machine which only renders needs no decoder.
+    from pipelines.archive import list_labelled
+
+    videos = list(list_labelled(data, split_column=split_column))
+    parts = {split: [video for video in videos if (video.split or "train") == split] for split in SPLITS}
+    if not parts["train"]:
+        raise UserError(f"{data} has no rows with {split_column} 'train'")
+    return TrainingData(tuple(sorted({video.label for video in videos})), parts)
+
+
+def load_in_memory(data: TrainingData, job: TrainJob, num_clips: int) -> list[MemoryClips]:
+    """Clips of each split.
+
+    Args:
+        data: Videos, or none.
+        job: Sizes and views.
+        num_clips: Per training video; of generated data, training clips in all.
+    """
+    views = _views(job)
+    if data.videos is None:
+        counts = {"train": num_clips, "val": _MOTIONS_HELD_OUT, "test": _MOTIONS_HELD_OUT}
+        return [motions(split, counts[split], views["test"]) for split in SPLITS]
+    from pipelines.training_memory import in_memory
+
+    return [in_memory(data.videos[split], job.labels, _plan(job, split, num_clips), views[split]) for split in SPLITS]
+
+
+def worker_sources(
+    data: TrainingData, job: TrainJob, num_clips: int, cache: str, cache_bytes: int
+) -> Callable[[], Sources]:
+    """What a worker calls to get its clips. Videos are probed here, and decoded into the cache if there is one."""
+    if data.videos is None:
+        return functools.partial(_generated, data, job, num_clips)
+    from pipelines.training_stream import open_sources, prepare
+
+    manifests = {}
+    for split in SPLITS:
+        path = Path(job.output) / "data" / f"{split}.parquet"
+        prepare(data.videos[split], _plan(job, split, num_clips), path)
+        manifests[split] = str(path)
+    return functools.partial(open_sources, manifests, job.labels, _views(job), cache, cache_bytes)
+
+
+def _generated(data: TrainingData, job: TrainJob, num_clips: int) -> Sources:
+    return Sources(*load_in_memory(data, job, num_clips))
+
+
+def _plan(job: TrainJob, split: str, clips_per_video: int):
+    from pipelines.timeline import ClipPlan
+
+    frames = job.model.num_frames + (job.train.num_spare_frames if split == "train" else 0)
+    span_s = job.model.span_s * frames / job.model.num_frames
+    return ClipPlan(span_s=span_s, clips_per_video=clips_per_video if split == "train" else 1)
+
+
+def _views(job: TrainJob) -> dict[str, View]:
+    """What is decoded: of training clips more than the model sees, with room for crops and jitter."""
+    sizes, margin = job.model, job.train.frame_margin
+    whole = View(num_frames=sizes.num_frames, height_px=sizes.height_px, width_px=sizes.width_px)
+    roomy = View(
+        num_frames=sizes.num_frames + job.train.num_spare_frames,
+        height_px=round(sizes.height_px * margin),
+        width_px=round(sizes.width_px * margin),
+    )
+    return {"train": roomy, "val": whole, "test": whole}

@@ -1,0 +1,210 @@
+"""What every worker of a training run does, with Ray or without."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from mone.baselines import capacities_of
+from mone.checkpoint import read_checkpoint, save_checkpoint
+from mone.clips import Batch, ClipSource
+from mone.compute import clip_compute
+from mone.config import ModelConfig
+from mone.model import ViViT
+from mone.parallel import Parallel
+from mone.stages import TrainConfig
+from mone.training import Metrics, Trainer
+from mone.transfer import initialise_from
+
+STATE_FILE, MODEL_DIR, SAMPLES_DIR = "state.pt", "model", "samples"
+SHOWN_CAPACITIES = (0.2, 0.4, 1.0)
+CURVE_CAPACITIES = (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainJob:
+    """A training run, as it is sent to its workers.
+
+    Attributes:
+        model, train: Sizes, and how to train.
+        labels: Name of each class.
+        output: DIR, which every worker can write.
+        method: "mone" or a baseline, for the log.
+        init: Model folder to start from; "" starts from random weights.
+        notes: For the model card: the command and the stages.
+        checkpoint_every: Steps from one checkpoint to the next; an epoch's end is one too.
+        log_every: Steps between lines of metrics.
+        log_samples: Write down which samples each step saw.
+    """
+
+    model: ModelConfig
+    train: TrainConfig
+    labels: tuple[str, ...]
+    output: str
+    method: str = "mone"
+    init: str = ""
+    notes: str = ""
+    checkpoint_every: int = 500
+    log_every: int = 20
+    log_samples: bool = False
+
+
+class Link(Protocol):
+    """A worker's link to whoever started the run."""
+
+    def latest(self) -> dict[str, Any] | None:
+        """The state of the last checkpoint."""
+        ...
+
+    def save(self, state: dict[str, Any], metrics: dict[str, Any]) -> None:
+        """Commit a checkpoint; all workers call it together."""
+        ...
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Show and keep a line of metrics."""
+        ...
+
+    def must_save(self) -> bool:
+        """Whether the machine is about to be taken away; all workers call it together."""
+        ...
+
+
+class Sources(NamedTuple):
+    """Clips of each split; val is measured after every epoch, test once, at the end."""
+
+    train: ClipSource
+    val: ClipSource
+    test: ClipSource
+
+
+def train_loop(job: TrainJob, sources: Sources, parallel: Parallel, link: Link) -> None:
+    """Train to the end, from the last checkpoint on; the first worker writes DIR/model.
+
+    Raises:
+        DivergedError: The loss is not a number or has grown; the last checkpoint is from before.
+    """
+    trainer = Trainer(new_model(job), job.train, len(sources.train), parallel)
+    if state := link.latest():
+        trainer.load(state)
+    samples = _SampleLog(job, parallel.rank)
+    while not trainer.done:
+        for batch in trainer.run(sources.train):
+            samples.write(trainer.place.step, batch)
+            _after_step(job, trainer, link)
+        scores = {
+            f"{capacity:.3g}": trainer.evaluate(sources.val, capacity).top1
+            for capacity in measured_capacities(job, SHOWN_CAPACITIES)
+            if len(sources.val)
+        }
+        metrics = _record(trainer.metrics(), parallel) | {"kind": "epoch", "val_top1": scores}
+        link.log(metrics)
+        link.save(trainer.state(), metrics)
+    finish(job, trainer, sources, link)
+
+
+def measured_capacities(job: TrainJob, wanted: tuple[float, ...]) -> tuple[float, ...]:
+    """Those of the wanted capacities that the model can have."""
+    smallest = job.model.widths[0] / job.model.dim
+    return capacities_of(job.method, job.model, [capacity for capacity in wanted if capacity >= smallest])
+
+
+def new_model(job: TrainJob) -> ViViT:
+    """The model at the start of the run, the same on every worker."""
+    torch.manual_seed(job.train.seed)
+    model = ViViT(job.model)
+    if job.init:
+        initialise_from(model, read_checkpoint(job.init), labels=job.labels)
+    return model
+
+
+def _after_step(job: TrainJob, trainer: Trainer, link: Link) -> None:
+    step = trainer.place.step
+    if trainer.place.samples == 0:
+        return  # the epoch's end has its own line and checkpoint
+    due = step % job.checkpoint_every == 0 or (step % job.log_every == 0 and link.must_save())
+    if due or step % job.log_every == 0:
+        metrics = _record(trainer.metrics(), trainer.parallel) | {"kind": "step"}
+        link.log(metrics)
+        if due:
+            link.save(trainer.state(), metrics)
+
+
+def _record(metrics: Metrics, parallel: Parallel) -> dict[str, Any]:
+    record = metrics._asdict() | {"workers": parallel.world}
+    if parallel.device.type == "cuda":
+        record["gpu_memory_gib"] = torch.cuda.max_memory_allocated(parallel.device) / 2**30
+    return record
+
+
+def finish(job: TrainJob, trainer: Trainer, sources: Sources, link: Link) -> None:
+    """Measure the result at every capacity, and write DIR/model."""
+    points: list[dict[str, Any]] = []
+    for split in ("val", "test"):
+        source = getattr(sources, split)
+        for capacity in measured_capacities(job, CURVE_CAPACITIES) if len(source) else ():
+            cost = clip_compute(job.model, capacity)
+            costs = {"flops_per_clip": cost.flops, "dense_flops_per_clip": cost.dense_flops}
+            point = {"split": split, "capacity": capacity, **costs, **trainer.evaluate(source, capacity)._asdict()}
+            points.append(point)
+    run = {"epochs": job.train.epochs, "train_clips": len(sources.train), "train_flops": trainer.trained_flops}
+    link.log({"kind": "curve", "method": job.method, "seed": job.train.seed, **run, "points": points})
+    state = trainer.state()["average"]
+    if trainer.parallel.rank:
+        return
+    with torch.device("meta"):
+        model = ViViT(job.model)
+    model.load_state_dict(state, assign=True)
+    notes = "\n\n".join([job.notes, *_summary(points)])
+    save_checkpoint(model, job.labels, Path(job.output) / MODEL_DIR, dtype=torch.bfloat16, notes=notes)
+
+
+def _summary(points: list[dict[str, Any]]) -> list[str]:
+    """The curve as a table for the model card."""
+    rows = [
+        f"| {point['split']} | {point['capacity']:.3g} | {point['top1']:.1%} | {point['num_clips']:,} |"
+        for point in points
+    ]
+    return ["\n".join(["| split | capacity | top-1 | clips |", "|---|---|---|---|", *rows])] if rows else []
+
+
+class _SampleLog:
+    """Which samples each step saw, a file per worker and start of it; a step that was taken back is there twice."""
+
+    def __init__(self, job: TrainJob, rank: int) -> None:
+        self.folder = Path(job.output) / SAMPLES_DIR if job.log_samples else None
+        self.rank = rank
+
+    def write(self, step: int, batch: Batch) -> None:
+        if self.folder:
+            self.folder.mkdir(exist_ok=True)
+            with (self.folder / f"rank{self.rank}.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "samples": batch.samples_B.tolist()}) + "\n")
+
+
+class LocalLink:
+    """The link of a run in this process: its state is DIR/state.pt, which appears whole or not at all."""
+
+    def __init__(self, output: Path, log: Any) -> None:
+        self.path, self._log = output / STATE_FILE, log
+
+    def latest(self) -> dict[str, Any] | None:
+        """The last state."""
+        if not self.path.exists():
+            return None
+        return torch.load(self.path, map_location="cpu", weights_only=True)
+
+    def save(self, state: dict[str, Any], metrics: dict[str, Any]) -> None:
+        """Replace the state."""
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(self.path)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Pass it on."""
+        self._log(record)
+
+    def must_save(self) -> bool:
+        """Nobody gives notice here."""
+        return False

@@ -1,0 +1,136 @@
+"""A training run on Ray Train: workers, checkpoints in storage, restarts.
+
+Run again with the same storage it continues from the last checkpoint, with however many workers there are by then.
+"""
+
+import functools
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointUploadMode,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+)
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from mone.parallel import Parallel, Strategy
+from mone.training import DivergedError
+from pipelines.train_loop import STATE_FILE, Sources, TrainJob, train_loop
+
+DIVERGED_FILE = "diverged.txt"
+_RUN_NAME = "checkpoints"
+# A worker computes with torch's threads and waits for data the rest of the time; decoding tasks take the other cores.
+_WORKER_CPUS = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workers:
+    """How many workers, and where they keep what must survive them.
+
+    Attributes:
+        count: Or (least, most): the run goes on with what there is, and grows again.
+        strategy: "ddp" or "fsdp".
+        storage: Folder or pyarrow URI of the checkpoints.
+        max_failures: Restarts after the failure of a worker, before the run is given up; -1: any number.
+    """
+
+    count: int | tuple[int, int]
+    strategy: Strategy
+    storage: str
+    max_failures: int = 3
+
+
+Log = Callable[[dict[str, Any]], None]
+
+
+def fit(job: TrainJob, sources: Callable[[], Sources], workers: Workers, make_log: Callable[[], Log]) -> None:
+    """Train on the cluster that Ray is connected to.
+
+    Args:
+        job: The run.
+        sources: Called on each worker.
+        workers: How many, and their storage.
+        make_log: Called on the first worker: what takes its lines of metrics.
+
+    Raises:
+        DivergedError: See `mone.training.Trainer.metrics`.
+        ray.train.TrainingFailedError: Workers failed too often.
+    """
+    (Path(job.output) / DIVERGED_FILE).unlink(missing_ok=True)
+    use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    trainer = TorchTrainer(
+        functools.partial(_work, job=job, sources=sources, strategy=workers.strategy, make_log=make_log),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": _WORKER_CPUS} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=_RUN_NAME,
+            storage_path=workers.storage,
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    trainer.fit()
+    if (Path(job.output) / DIVERGED_FILE).exists():
+        raise DivergedError((Path(job.output) / DIVERGED_FILE).read_text())
+
+
+def _work(job: TrainJob, sources: Callable[[], Sources], strategy: Strategy, make_log: Callable[[], Log]) -> None:
+    context = ray.train.get_context()
+    parallel = Parallel(get_device(), context.get_world_rank(), context.get_world_size(), strategy)
+    try:
+        train_loop(job, sources(), parallel, RayLink(make_log() if parallel.rank == 0 else None))
+    except DivergedError as error:  # again would end as before: no failure for Ray to retry
+        if parallel.rank == 0:
+            (Path(job.output) / DIVERGED_FILE).write_text(str(error))
+
+
+class RayLink:
+    """A worker's link to Ray Train's controller. Checkpoints are uploaded while training goes on."""
+
+    def __init__(self, log: Log | None) -> None:
+        self._log = log
+
+    def latest(self) -> dict[str, Any] | None:
+        """The state of the last checkpoint that is whole."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return None
+        with checkpoint.as_directory() as folder:
+            return torch.load(Path(folder) / STATE_FILE, map_location="cpu", weights_only=True)
+
+    def save(self, state: dict[str, Any], metrics: dict[str, Any]) -> None:
+        """Report a checkpoint; the first worker holds all of it."""
+        if self._log is None:
+            ray.train.report(metrics, checkpoint=None)
+            return
+        folder = tempfile.mkdtemp()  # deleted after the upload
+        torch.save(state, Path(folder) / STATE_FILE)
+        ray.train.report(
+            metrics,
+            checkpoint=Checkpoint.from_directory(folder),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Keep a line of metrics, on the first worker."""
+        if self._log:
+            self._log(record)
+
+    def must_save(self) -> bool:
+        """Whether a node of ours is about to be taken away."""
+        return ray.train.get_preemption_info() is not None
