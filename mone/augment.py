@@ -3,7 +3,7 @@
 Every draw is a function of (seed, epoch, sample, purpose), made on the CPU with a counter-based generator (Philox), so
 neither the batch that a clip lies in nor the order of calls decides what happens to it. What is drawn is then applied
 to many clips at once, by arithmetic that gives the same result for a clip whatever its neighbours are: see `_resize`.
-Between kinds of device, RandAugment's resampling may differ by a level; all else is the same to the bit.
+RandAugment's resampling may differ by a level between kinds of device; all else is built not to.
 
 All frames of a clip are treated alike, so motion stays what it was.
 

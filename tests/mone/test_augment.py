@@ -52,6 +52,13 @@ def test_a_clip_comes_out_the_same_in_every_batch_and_order(config, monkeypatch)
     assert torch.equal(frames, before)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [config for config in ALONE if not config.rand_augment[0]])
+def test_a_gpu_gives_the_pixels_of_the_cpu(config):
+    frames, samples = noise(13, 6, 20, 24), list(range(13))
+    assert torch.equal(run(frames.cuda(), samples, config).cpu(), run(frames, samples, config))
+
+
 def test_global_random_numbers_are_neither_read_nor_moved():
     frames = noise(3, 6, 20, 24)
     torch.manual_seed(1)
@@ -208,7 +215,7 @@ def test_floats_become_the_nearest_pixel():
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_treat_equal_frames_alike_and_change_something(name):
     ramp = (torch.linspace(6, 14, 16) ** 2).to(torch.uint8)[None, :, None] + torch.tensor([0, 9, 30], dtype=torch.uint8)
-    frames = (ramp + torch.arange(12, dtype=torch.uint8)[:, None, None])[None].repeat(3, 1, 1, 1)
+    frames = (ramp + torch.arange(0, 84, 7, dtype=torch.uint8)[:, None, None] % 12)[None].repeat(3, 1, 1, 1)
     choice = (list(OPERATIONS).index(name) + 0.5) / len(OPERATIONS)
     less, more = (rand_augment(frames, np.array([choice]), np.array([sign]), 20) for sign in (0.2, 0.8))
     for result in (less, more):
