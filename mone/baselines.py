@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from mone.capacity import fixed_capacity
 from mone.config import ModelConfig
+from mone.model import ViViT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,3 +72,12 @@ def capacities_of(name: str, config: ModelConfig, asked: Sequence[float]) -> tup
     """The capacities at which a method can be run: those asked for, or the only one that it has."""
     fixed = 1.0 if name == "dense" else fixed_capacity(config.num_experts, with_method(config, name).allocation)
     return tuple(asked) if fixed is None else (fixed,)
+
+
+def sharing_weights(base: ViViT, config: ModelConfig) -> ViViT:
+    """A model of another config on the same tensors, in evaluation mode; a router that it lacks is left out."""
+    with torch.device("meta"):
+        model = ViViT(config)
+    names = model.state_dict().keys()
+    model.load_state_dict({name: tensor for name, tensor in base.state_dict().items() if name in names}, assign=True)
+    return model.eval()

@@ -5,7 +5,11 @@ Counted: every matrix product. Not counted: LayerNorm, softmax, GELU, adds and t
 `torch.utils.flop_counter` counts the same operations, and a test holds the two equal.
 """
 
+import re
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
 
 from mone.config import ModelConfig
 from mone.merging import merging_schedule
@@ -83,6 +87,66 @@ def clip_flops(
         + config.temporal_depth * _block_macs(config, num_frame_vectors * config.dim, num_frame_vectors**2)
         + config.dim * config.num_classes
     )
+
+
+def training_flops(config: ModelConfig, counts: tuple[int, ...], num_kept: int | None = None) -> int:
+    """Floating-point operations of one clip in a training step: three times those of its forward pass.
+
+    The assumption: behind every product of the forward pass stand two of its size, the gradients of its two factors.
+    A little too much, as pixels and ToMe's matching need none. The optimiser is not counted, nor is recomputing
+    activations: what is divided by the time is the use of the device (MFU), not how busy it is.
+
+    Args:
+        config: Sizes.
+        counts: Tokens of each expert under one budget, as in `clip_flops`.
+        num_kept: Patches that were not dropped as static.
+    """
+    return 3 * clip_flops(config, counts, num_kept)
+
+
+class _Peak(NamedTuple):
+    """A data sheet's rate.
+
+    Attributes:
+        product: Word of the device's name.
+        without: Words of the names of slower versions.
+        dtypes: Types of the factors; sums are float32.
+        flops_per_s: Of dense matrix products (data sheets like to print twice that, for sparse ones).
+    """
+
+    product: str
+    without: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+    flops_per_s: float
+
+
+_HALVES = frozenset({torch.bfloat16, torch.float16})
+_HALF = frozenset({torch.float16})
+_SLOWER = frozenset({"pcie", "nvl", "mig"})
+# NVIDIA's data sheets of each, tensor cores, dense.
+_PEAKS = (
+    _Peak("h100", _SLOWER, _HALVES, 989e12),
+    _Peak("h200", _SLOWER, _HALVES, 989e12),
+    _Peak("a100", frozenset({"mig"}), _HALVES, 312e12),
+    _Peak("l4", frozenset(), _HALVES, 121e12),
+    _Peak("l40s", frozenset(), _HALVES, 362e12),
+    _Peak("t4", frozenset(), _HALF, 65e12),
+    _Peak("v100", frozenset({"pcie"}), _HALF, 125e12),
+)
+
+
+def peak_flops_per_s(device_name: str, dtype: torch.dtype) -> float | None:
+    """What a device can do at most, for how much of it is used (MFU); None where we do not know.
+
+    Args:
+        device_name: As `torch.cuda.get_device_name` tells it: "NVIDIA H100 80GB HBM3".
+        dtype: Of the matrix products: bfloat16, float16.
+    """
+    words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
+    for peak in _PEAKS:
+        if peak.product in words and not peak.without & words and dtype in peak.dtypes:
+            return peak.flops_per_s
+    return None
 
 
 def _router_outputs(config: ModelConfig) -> int:
