@@ -1,8 +1,6 @@
 """The figure of docs/mone.md: nested slices of one weight, a real clip's expert map, the tokens in expert-major order.
 
-    python -m docs.figure            # writes docs/mone.svg
-
-Needs matplotlib, which is among the development tools.
+python -m docs.figure            # writes docs/mone.svg
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""Generated motions as training clips in memory, uint8."""
+"""Generated motions as training clips in memory, uint8; and where in them things move.
+
+Shapes: S clips, T frames, H x W pixels, F temporal indices, N tokens per index.
+"""
 
 import functools
 import multiprocessing
@@ -6,11 +9,17 @@ import tempfile
 
 import numpy as np
 import torch
+from einops import reduce
+from torch import Tensor
 from tqdm import tqdm
 
 from mone.clips import MemoryClips
+from mone.config import ModelConfig
 from pipelines.synthetic import MOTIONS, render, split_seeds
 from pipelines.view import View
+
+# A patch is moving where so many of its pixels are.
+_MOVING_SHARE = 0.05
 
 
 def motions(split: str, count: int, view: View, *, num_workers: int | None = None) -> MemoryClips:
@@ -37,3 +46,37 @@ def _render_into(place: tuple[int, int], path: str, shape: tuple[int, ...], ease
     easier = np.random.default_rng(seed).uniform(-1, 1) if eased else 0.0
     clip = render(seed, num_frames=shape[1], size_px=shape[2], clutter=1.0 - max(0.0, easier))
     np.memmap(path, np.uint8, "r+", shape=shape)[row] = clip.frames
+
+
+def motions_moving(split: str, count: int, config: ModelConfig, *, num_workers: int | None = None) -> Tensor:
+    """Which patches of the clips of `motions` lie on a moving object, bool [S, F, N]; for held-out splits.
+
+    Raises:
+        ValueError: The training split, whose clips differ in clutter.
+    """
+    if split == "train":
+        raise ValueError("where things move is known of the held-out splits, not of 'train'")
+    seeds = split_seeds(split, count)
+    with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
+        moving = pool.imap(functools.partial(_moving, config=config), seeds, chunksize=16)
+        masks = [*tqdm(moving, f"motion of {split}", count, unit="clip", mininterval=2)]
+    return torch.from_numpy(np.stack(masks))
+
+
+def _moving(seed: int, config: ModelConfig) -> np.ndarray:
+    return moving_patches(render(seed, num_frames=config.num_frames, size_px=config.height_px).moving, config)
+
+
+def moving_patches(moving_THW: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Patches of which at least 5 % of the pixels, over all frames of the tubelet, lie on a moving object.
+
+    Args:
+        moving_THW: bool, of the config's size (`MotionClip.moving`).
+        config: How frames are cut into patches.
+
+    Returns:
+        bool [F, N].
+    """
+    sizes = {"t": config.tubelet_frames, "p": config.tubelet_px, "q": config.tubelet_px}
+    share_FN = reduce(moving_THW.astype(np.float64), "(f t) (h p) (w q) -> f (h w)", "mean", **sizes)
+    return share_FN >= _MOVING_SHARE

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from jobs.benchmarks.models import ARITHMETICS, sharing_weights
+from jobs.benchmarks.models import ARITHMETICS
 from jobs.benchmarks.report import Report, aligned
 from jobs.cli import UserError, checking_input
 from jobs.inputs import choose_device, load_model
-from mone.baselines import capacities_of, with_method
+from mone.baselines import capacities_of, sharing_weights, with_method
 from mone.capacity import check_capacity
 from mone.compute import clip_compute
 from mone.config import ModelConfig, preset

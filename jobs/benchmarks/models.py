@@ -1,12 +1,9 @@
-"""Models as benchmarks need them: one set of weights in several methods, and the arithmetics to run them in."""
+"""The arithmetics that benchmarks run models in."""
 
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
-
-from mone.config import ModelConfig
-from mone.model import ViViT
 
 
 class Arithmetic(NamedTuple):
@@ -32,12 +29,3 @@ ARITHMETICS = {
     "bf16_autocast": Arithmetic(torch.float32, torch.bfloat16),
     "fp16_autocast": Arithmetic(torch.float32, torch.float16),
 }
-
-
-def sharing_weights(base: ViViT, config: ModelConfig) -> ViViT:
-    """A model of another config on the same tensors, in evaluation mode; a router that it lacks is left out."""
-    with torch.device("meta"):
-        model = ViViT(config)
-    names = model.state_dict().keys()
-    model.load_state_dict({name: tensor for name, tensor in base.state_dict().items() if name in names}, assign=True)
-    return model.eval()

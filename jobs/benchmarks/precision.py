@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jobs.benchmarks.models import ARITHMETICS, sharing_weights
+from jobs.benchmarks.models import ARITHMETICS
 from jobs.benchmarks.report import Report, aligned
 from jobs.cli import UserError, checking_input
 from jobs.inputs import BUNDLED, BUNDLED_MODEL, choose_device, load_model
+from mone.baselines import sharing_weights
 from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint
 from mone.config import ModelConfig

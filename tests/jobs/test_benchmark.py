@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import jobs.benchmark
-from jobs.benchmarks.models import sharing_weights
-from mone.baselines import METHODS, capacities_of, with_method
+from mone.baselines import METHODS, capacities_of, sharing_weights, with_method
 from mone.checkpoint import save_checkpoint
 from mone.compute import clip_compute
 from mone.config import ModelConfig, preset

@@ -13,6 +13,7 @@ import pytest
 import jobs.annotate
 import jobs.audit
 import jobs.benchmark
+import jobs.curves
 import jobs.evaluate
 import jobs.plan
 import jobs.render
@@ -124,6 +125,7 @@ def test_checking_input_blames_the_input(error, message):
     [
         (jobs.annotate.main, jobs.annotate.Annotate),
         (jobs.audit.main, jobs.audit.AuditJob),
+        (jobs.curves.main, jobs.curves.Curves),
         (jobs.evaluate.main, jobs.evaluate.Evaluate),
         (jobs.plan.main, jobs.plan.Plan),
         (jobs.render.main, jobs.render.Render),
@@ -136,7 +138,7 @@ def test_help_names_every_option(capsys, main, config):
     printed = capsys.readouterr()
     assert printed.err == ""
     for field in dataclasses.fields(config):
-        positional = {"archive": "ARCHIVE", "folder": "DIR"}
+        positional = {"archive": "ARCHIVE", "folder": "DIR", "runs": "RUN"}
         assert positional.get(field.name, f"--{field.name.replace('_', '-')} ") in printed.out
 
 
@@ -167,7 +169,7 @@ def test_decoding_workers_need_no_torch():
     assert "pyarrow" in found and "torch" not in found
 
 
-@pytest.mark.parametrize("job", ["benchmark", "train"])
+@pytest.mark.parametrize("job", ["benchmark", "curves", "metrics", "train"])
 def test_a_machine_that_only_trains_or_times_the_model_needs_no_ray_and_no_decoder(job):
     found = imported_by(f"jobs.{job}")
     assert "torch" in found and not found & {"ray", "av", "decord", "pyarrow"}

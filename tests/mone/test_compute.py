@@ -4,7 +4,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mone.capacity import token_counts
-from mone.compute import clip_compute, clip_flops
+from mone.compute import clip_compute, clip_flops, peak_flops_per_s, training_flops
 from mone.config import preset
 from mone.model import ViViT
 from tests.mone.conftest import JOINT, small_config, some_inputs, some_patches
@@ -118,3 +118,57 @@ def test_less_capacity_costs_less_and_never_changes_the_dense_count():
 def test_capacity_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"between 0\.125 and 1"):
         clip_compute(small_config(), 0.1)
+
+
+PLAIN = {"router": "random", "temporal_depth": 0, "num_frames": 2}
+
+
+@pytest.mark.parametrize("changes", [{}, PLAIN, PLAIN | {"depth": 8}, {"pooling": "mean"}], ids=str)
+def test_a_training_step_costs_three_forward_passes_but_for_the_gradient_of_the_pixels(changes):
+    config = small_config(**changes)
+    counts = config.token_counts(0.4)
+    model, inputs = ViViT(config), some_inputs(config, None, batch=1)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**inputs, counts=counts).logits_BC.sum().backward()
+    pixels = 2 * config.num_indices * config.num_tokens * config.patch_values * config.dim
+    assert training_flops(config, counts) == 3 * clip_flops(config, counts)
+    assert counter.get_total_flops() == training_flops(config, counts) - pixels
+
+
+def test_static_patches_cost_no_training():
+    config = small_config()
+    counts = config.token_counts(0.4, 15)
+    assert training_flops(config, counts, 15) == 3 * clip_compute(config, 0.4, 15).flops
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tflop_per_s"),
+    [
+        ("NVIDIA H100 80GB HBM3", BF16, 989),
+        ("NVIDIA H100 80GB HBM3", FP16, 989),
+        ("NVIDIA H100 80GB HBM3", FP32, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", BF16, None),
+        ("NVIDIA H100 PCIe", BF16, None),
+        ("NVIDIA H100 NVL", BF16, None),
+        ("NVIDIA H200", BF16, 989),
+        ("NVIDIA GH200 480GB", BF16, None),
+        ("NVIDIA A100-SXM4-80GB", BF16, 312),
+        ("NVIDIA A100 80GB PCIe", BF16, 312),
+        ("NVIDIA L4", BF16, 121),
+        ("NVIDIA L40S", BF16, 362),
+        ("NVIDIA L40", BF16, None),
+        ("Tesla T4", FP16, 65),
+        ("Tesla T4", BF16, None),
+        ("Tesla V100-SXM2-16GB", FP16, 125),
+        ("Tesla V100-PCIE-16GB", FP16, None),
+        ("Tesla V100-SXM2-16GB", BF16, None),
+        ("AMD Instinct MI300X", BF16, None),
+        ("", BF16, None),
+    ],
+)
+def test_peaks_are_those_of_the_data_sheets(name, dtype, tflop_per_s):
+    peak = peak_flops_per_s(name, dtype)
+    assert peak == (None if tflop_per_s is None else tflop_per_s * 1e12)
