@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import torch
 
-from pipelines.clip_source import Batch, classes_of, frames_like, name_of, read_ahead
+from pipelines.clip_source import Batch, classes_of, clip_bytes, frames_like, name_of, read_ahead
 from pipelines.decode import PIXELS_VERSION
 from pipelines.view import View
 
@@ -59,7 +59,11 @@ class Places:
     shards: list[str]
     shard_S: np.ndarray
     offset_S: np.ndarray
-    reasons: dict[int, str] = field(default_factory=dict)
+    reasons: dict[int, str]
+
+    def of(self, sample: int) -> tuple[str, int]:
+        """Shard and offset of a row that has frames."""
+        return self.shards[self.shard_S[sample]], int(self.offset_S[sample])
 
 
 class _Entry(NamedTuple):
@@ -99,11 +103,6 @@ class ClipCache:
         cache = ClipCache(filesystem=filesystem, folder=f"{root.rstrip('/')}/{_digest(fingerprint(view))}", view=view)
         cache._check()
         return cache
-
-    @property
-    def clip_bytes(self) -> int:
-        """Bytes of a clip's frames."""
-        return self.view.num_frames * self.view.height_px * self.view.width_px * 3
 
     @property
     def local(self) -> Path | None:
@@ -146,8 +145,10 @@ class ClipCache:
                 num_bytes = file.readinto(frames_THWC.reshape(-1).data)
         except (pa.ArrowException, OSError) as error:
             raise CacheError(f"cannot read {shard}: {error}") from error
-        if num_bytes != self.clip_bytes:
-            raise CacheError(f"cannot read {shard}: {num_bytes} bytes at {offset} where {self.clip_bytes} should be")
+        if num_bytes != clip_bytes(self.view):
+            raise CacheError(
+                f"cannot read {shard}: {num_bytes} bytes at {offset} where {clip_bytes(self.view)} should be"
+            )
 
     def _check(self) -> None:
         info = self.filesystem.get_file_info(self.path(CACHE_FILE))
@@ -184,7 +185,7 @@ class ClipCache:
             message = f"{shard} is no shard of clips ({error}); delete it and fill the cache again"
             raise CacheError(message) from error
         return [
-            _Entry(clip_id, -1 if reason else end - self.clip_bytes, reason)
+            _Entry(clip_id, -1 if reason else end - clip_bytes(self.view), reason)
             for (clip_id, reason), end in zip(clips, ends, strict=True)
         ]
 
@@ -261,7 +262,7 @@ class CachedClips:
         samples_B = samples_B[readable_B]
         frames_BTHWC = frames_like(self.view, len(samples_B))
         reads = [
-            pool.submit(self._read, frames_THWC, sample)
+            pool.submit(self.cache.read_into, frames_THWC, *self.places.of(sample))
             for frames_THWC, sample in zip(frames_BTHWC.numpy(), samples_B.tolist(), strict=True)
         ]
 
@@ -271,7 +272,3 @@ class CachedClips:
             return Batch(frames_BTHWC, torch.from_numpy(self.classes_S[samples_B]), torch.from_numpy(samples_B))
 
         return finish
-
-    def _read(self, frames_THWC: np.ndarray, sample: int) -> None:
-        shard = self.places.shards[self.places.shard_S[sample]]
-        self.cache.read_into(frames_THWC, shard, int(self.places.offset_S[sample]))

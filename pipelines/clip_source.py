@@ -87,6 +87,11 @@ def name_of(manifest: pa.Table, sample: int) -> str:
     return f"{video} [{start_s:.2f}, {end_s:.2f})"
 
 
+def clip_bytes(view: View) -> int:
+    """Bytes of a clip's frames."""
+    return view.num_frames * view.height_px * view.width_px * 3
+
+
 def frames_like(view: View, num_clips: int) -> Tensor:
     """Room for the frames of a batch, uint8 [B, T, H, W, 3]."""
     shape = (num_clips, view.num_frames, view.height_px, view.width_px, 3)

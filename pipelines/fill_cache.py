@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pipelines.annotate import DECODE_MEMORY_BYTES
 from pipelines.clip_cache import CACHE_FILE, CACHED, CLIPS_DIR, CLIPS_KEY, ClipCache, fingerprint
+from pipelines.clip_source import clip_bytes
 from pipelines.commit import STAGING_DIR, StagedFiles
 from pipelines.decode import Clip
 from pipelines.manifest import decode_planned
@@ -63,7 +64,7 @@ def fill(manifest: pa.Table, view: View, uri: str, max_bytes: int) -> int:
         CacheError: A cache that cannot be used.
     """
     cache = ClipCache.open(uri, view)
-    fitting = manifest.slice(0, max(0, max_bytes) // cache.clip_bytes)
+    fitting = manifest.slice(0, max(0, max_bytes) // clip_bytes(cache.view))
     missing = fitting.filter(pa.array(cache.find(fitting["clip_id"]).shard_S < 0))
     if len(missing):
         num_done = len(fitting) - len(missing)
@@ -76,7 +77,7 @@ def fill(manifest: pa.Table, view: View, uri: str, max_bytes: int) -> int:
 
 def _decode(missing: pa.Table, cache: ClipCache, commit: Commit) -> Iterator[int]:
     """MANIFEST rows -> shards of CACHED rows; yields how many clips each has, once it is safe."""
-    clips_per_shard = max(1, min(_MAX_CLIPS_PER_SHARD, _SHARD_BYTES // cache.clip_bytes))
+    clips_per_shard = max(1, min(_MAX_CLIPS_PER_SHARD, _SHARD_BYTES // clip_bytes(cache.view)))
     blocks = [missing.slice(start, _ROWS_PER_BLOCK) for start in range(0, len(missing), _ROWS_PER_BLOCK)]
     written = (
         ray.data.from_arrow(blocks)

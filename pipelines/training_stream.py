@@ -8,7 +8,7 @@ import multiprocessing
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +23,8 @@ from mone.tubelets import to_patches
 from pipelines.annotate import DECODE_MEMORY_BYTES, plan_stage
 from pipelines.archive import Video
 from pipelines.clip_cache import ClipCache, Places
-from pipelines.clip_source import Batch, classes_of, frames_like, name_of, read_ahead
-from pipelines.decode import Clip, decode_clips
+from pipelines.clip_source import Batch, classes_of, clip_bytes, frames_like, name_of, read_ahead
+from pipelines.decode import Clip, Outcome, decode_clips
 from pipelines.manifest import decode_planned, plan_video, source_of
 from pipelines.schema import MANIFEST, PlannedClip, Status
 from pipelines.timeline import ClipPlan
@@ -146,8 +146,7 @@ def _stream(origin: _Origin, samples: np.ndarray) -> Generator[_Row, None, None]
     """Rows of the manifest with their frames, one for one, in the order asked for."""
     if not len(samples):
         return
-    clip_bytes = origin.view.num_frames * origin.view.height_px * origin.view.width_px * 3
-    clips_per_task = max(1, min(_MAX_CLIPS_PER_TASK, _TASK_BYTES // clip_bytes))
+    clips_per_task = max(1, min(_MAX_CLIPS_PER_TASK, _TASK_BYTES // clip_bytes(origin.view)))
     asked = ray.data.from_arrow(pa.table({"sample": samples}))
     asked.context.execution_options.preserve_order = True
     asked.context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=_WAITING_BYTES)
@@ -165,32 +164,39 @@ def _stream(origin: _Origin, samples: np.ndarray) -> Generator[_Row, None, None]
 
 def _read_rows(asked: pa.Table, origin: ray.ObjectRef) -> pa.Table:
     """The rows of one task: those of one video share a pass over it, wherever they stand among the others."""
-    samples = asked["sample"].to_numpy()
-    whole: _Origin = ray.get(origin)
-    found: dict[int, tuple[Any, str]] = {}
+    samples, whole = asked["sample"].to_numpy(), ray.get(origin)
     distinct = np.unique(samples)  # by video and start, as the manifest is
-    if whole.cache and whole.places:
-        is_cached = whole.places.shard_S[distinct] >= 0
-        found = {sample: _cached(sample, whole.cache, whole.places) for sample in distinct[is_cached].tolist()}
-        distinct = distinct[~is_cached]
-    clips = [PlannedClip(**row) for row in whole.manifest.take(distinct).to_pylist()]
-    for sample, outcome in zip(distinct.tolist(), decode_planned(clips, whole.view), strict=True):
-        decoded = isinstance(outcome, Clip)
-        found[sample] = (outcome.frames_THWC, "") if decoded else (None, f"{outcome.status}: {outcome}")
-    frames = [
-        None if found[sample][0] is None else np.ascontiguousarray(found[sample][0]).reshape(-1).data
-        for sample in samples.tolist()
-    ]
-    reasons = [found[sample][1] for sample in samples.tolist()]
-    return pa.table([samples, pa.array(frames, pa.large_binary()), pa.array(reasons, pa.string())], schema=_STREAMED)
+    is_cached = whole.places.shard_S[distinct] >= 0 if whole.places else np.zeros(len(distinct), dtype=bool)
+    clips = [PlannedClip(**row) for row in whole.manifest.take(distinct[~is_cached]).to_pylist()]
+    outcomes = dict(zip(distinct[~is_cached].tolist(), decode_planned(clips, whole.view), strict=True))
+
+    # Pixels are written once, to where the table has them.
+    pixels, end = np.empty((len(samples), clip_bytes(whole.view)), np.uint8), 0
+    ends, reasons = [0], []
+    for sample in samples.tolist():
+        reason = _read_clip(pixels[end], outcomes.get(sample), sample, whole)
+        end += not reason
+        ends.append(end)
+        reasons.append(reason)
+    has_frames = pa.array([not reason for reason in reasons])
+    offsets = np.array(ends, dtype=np.int64) * pixels.shape[1]
+    buffers = [has_frames.buffers()[1], pa.py_buffer(offsets), pa.py_buffer(pixels)]
+    frames = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(samples), buffers)
+    return pa.table([samples, frames, pa.array(reasons, pa.string())], schema=_STREAMED)
 
 
-def _cached(sample: int, cache: ClipCache, places: Places) -> tuple[np.ndarray | None, str]:
-    if sample in places.reasons:
-        return None, places.reasons[sample]
-    frames_THWC = np.empty((cache.clip_bytes,), np.uint8)
-    cache.read_into(frames_THWC, places.shards[places.shard_S[sample]], int(places.offset_S[sample]))
-    return frames_THWC, ""
+def _read_clip(pixels: np.ndarray, outcome: Outcome | None, sample: int, origin: _Origin) -> str:
+    """Put a clip where it is wanted, decoded or, without an outcome, from the cache; returns why it cannot be."""
+    if isinstance(outcome, Clip):
+        pixels[:] = outcome.frames_THWC.reshape(-1)
+        return ""
+    if outcome is not None:
+        return f"{outcome.status}: {outcome}"
+    assert origin.cache and origin.places
+    if sample in origin.places.reasons:
+        return origin.places.reasons[sample]
+    origin.cache.read_into(pixels, *origin.places.of(sample))
+    return ""
 
 
 class Example(NamedTuple):
