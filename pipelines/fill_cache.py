@@ -79,16 +79,14 @@ def _decode(missing: pa.Table, cache: ClipCache, commit: Commit) -> Iterator[int
     """MANIFEST rows -> shards of CACHED rows; yields how many clips each has, once it is safe."""
     clips_per_shard = max(1, min(_MAX_CLIPS_PER_SHARD, _SHARD_BYTES // clip_bytes(cache.view)))
     blocks = [missing.slice(start, _ROWS_PER_BLOCK) for start in range(0, len(missing), _ROWS_PER_BLOCK)]
-    written = (
-        ray.data.from_arrow(blocks)
-        .repartition(target_num_rows_per_block=clips_per_shard)
-        .map_batches(
-            functools.partial(_write_shard, view=cache.view, commit=commit),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=1,  # both decoders run on one thread
-            memory=_TASK_MEMORY_BYTES,
-        )
+    rows = ray.data.from_arrow(blocks)
+    rows.context.enable_progress_bars = False  # ours counts clips
+    written = rows.repartition(target_num_rows_per_block=clips_per_shard).map_batches(
+        functools.partial(_write_shard, view=cache.view, commit=commit),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=1,  # both decoders run on one thread
+        memory=_TASK_MEMORY_BYTES,
     )
     for table in written.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield int(np.sum(table["num_clips"]))

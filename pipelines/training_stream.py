@@ -148,8 +148,10 @@ def _stream(origin: _Origin, samples: np.ndarray) -> Generator[_Row, None, None]
         return
     clips_per_task = max(1, min(_MAX_CLIPS_PER_TASK, _TASK_BYTES // clip_bytes(origin.view)))
     asked = ray.data.from_arrow(pa.table({"sample": samples}))
-    asked.context.execution_options.preserve_order = True
-    asked.context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=_WAITING_BYTES)
+    options = asked.context.execution_options
+    options.preserve_order = True
+    options.resource_limits = ExecutionResources.for_limits(object_store_memory=_WAITING_BYTES)
+    asked.context.enable_progress_bars = False  # the trainer has its own
     read = asked.repartition(target_num_rows_per_block=clips_per_task).map_batches(
         functools.partial(_read_rows, origin=ray.put(origin)),
         batch_size=None,

@@ -84,11 +84,11 @@ def test_a_stream_reads_ahead_only_so_far_and_can_be_left(tmp_path, manifest, mo
     def counted(asked, origin):  # in another process
         (log / f"{time.time_ns()}-{id(asked)}").touch()
         table = read_rows(asked, origin)
-        filler = pa.array([b"0" * (8 << 20)] * len(table), pa.large_binary())  # clips of 8 MB
+        filler = pa.array([bytes(1 << 20)] * len(table), pa.large_binary())  # clips of a megabyte
         return table.append_column("filler", filler)
 
     monkeypatch.setattr(pipelines.training_stream, "_read_rows", counted)
-    monkeypatch.setattr(pipelines.training_stream, "_WAITING_BYTES", 64 << 20)
+    monkeypatch.setattr(pipelines.training_stream, "_WAITING_BYTES", 16 << 20)
     source = StreamedClips(manifest, LABELS, VIEW)
     batches = source.batches([np.array([step % 8, step % 8 + 1]) for step in range(60)])
     for _ in itertools.islice(batches, 3):
