@@ -33,7 +33,7 @@ _VIDEOS_PER_TASK = 32
 # tens of milliseconds for a task, a file and its checkpoint.
 _CLIPS_PER_TASK = 32
 # Heap of a decoding task: two frames of 8192 x 4320 take 0.9 GB. Ray cannot see heap, so it is asked for.
-_DECODE_MEMORY_BYTES = 1 << 30
+DECODE_MEMORY_BYTES = 1 << 30
 # A write waits for the disk. Its share comes from a model process, so that on two cores, one decoding, one running
 # the model, there is room to write: without it nothing is committed before everything is decoded.
 _WRITE_CPUS = 0.25
@@ -112,7 +112,7 @@ def tokenize_stage(manifest: Dataset, config: ModelConfig, options: TokenOptions
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,  # both decoders run on one thread
-        memory=_DECODE_MEMORY_BYTES,
+        memory=DECODE_MEMORY_BYTES,
     )
 
 

@@ -12,6 +12,7 @@ import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,14 +27,45 @@ ANNOTATIONS_DIR, STAGING_DIR, REMAINING_DIR = "annotations", ".staging", ".remai
 _ROWS_PER_FILE = 50_000
 
 
+class StagedFiles:
+    """A folder of parquet files that appear whole, each by one rename.
+
+    Attributes:
+        run: Unlike that of any other writer.
+        staging: Where this writer's files grow.
+        target: Where they are committed.
+    """
+
+    def __init__(self, output: Path, folder: str) -> None:
+        self.run = uuid.uuid4().hex
+        self.staging, self.target = output / STAGING_DIR / self.run, output / folder
+        self.staging.mkdir(parents=True)
+        self.target.mkdir(exist_ok=True)
+
+    def commit(self, name: str, table: pa.Table, **options: Any) -> None:
+        """Write a file and commit it.
+
+        Args:
+            name: Of the file; an earlier one of that name is replaced.
+            table: Its rows.
+            options: Of `pyarrow.parquet.write_table`.
+
+        Raises:
+            FileNotFoundError: The staging folder was taken away: another run has taken over.
+        """
+        staged = self.staging / name
+        with staged.open("wb") as file:
+            pq.write_table(table, file, **options)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(self.target / name)
+
+
 class CommittedFiles(Datasink[None]):
     """Writes ANNOTATIONS rows to DIR/annotations, a file per task, each by one rename."""
 
     def __init__(self, output: Path) -> None:
-        self.run = uuid.uuid4().hex
-        self.staging, self.target = output / STAGING_DIR / self.run, output / ANNOTATIONS_DIR
-        self.staging.mkdir(parents=True)
-        self.target.mkdir(exist_ok=True)
+        self.files = StagedFiles(output, ANNOTATIONS_DIR)
 
     def write(self, blocks: Iterable[Block], ctx) -> None:
         """Write and commit one task's rows.
@@ -43,14 +75,9 @@ class CommittedFiles(Datasink[None]):
         """
         # Ray's empty blocks may lack a schema.
         tables = [table for table in (BlockAccessor.for_block(block).to_arrow() for block in blocks) if len(table)]
-        if not tables:
-            return
-        staged = self.staging / f"{self.run}-{ctx.task_idx:06d}.parquet"
-        with staged.open("wb") as file:
-            pq.write_table(pa.concat_tables(tables).cast(ANNOTATIONS), file)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(self.target / staged.name)
+        if tables:
+            name = f"{self.files.run}-{ctx.task_idx:06d}.parquet"
+            self.files.commit(name, pa.concat_tables(tables).cast(ANNOTATIONS))
 
 
 def fence(output: Path) -> None:

@@ -1,12 +1,15 @@
-"""From videos to the clip manifest: the list of everything that will be one row each."""
+"""From videos to the clip manifest, the list of everything that will be one row each; and its rows decoded."""
 
 import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 
 from pipelines.archive import Video
-from pipelines.decode import Source
+from pipelines.decode import Outcome, Source, decode_clips
 from pipelines.probe import DecodeFailure, VideoInfo, file_identity, probe
 from pipelines.schema import PlannedClip, Status
 from pipelines.timeline import ClipPlan
+from pipelines.view import View
 
 
 def clip_id(video: str, size_bytes: int, version: str, start_s: float, end_s: float) -> str:
@@ -57,3 +60,29 @@ def source_of(clip: PlannedClip) -> Source:
         container=clip.container,
         codec=clip.codec,
     )
+
+
+def by_video(clips: Iterable[PlannedClip]) -> Iterator[list[PlannedClip]]:
+    """Neighbours that are clips of one video, together."""
+    for _, same_video in groupby(clips, key=lambda clip: (clip.video, clip.version, clip.status)):
+        yield list(same_video)
+
+
+def decode_planned(clips: Sequence[PlannedClip], view: View) -> list[Outcome]:
+    """Decode rows of a manifest, one outcome each, in order; neighbours of one video share a pass over it.
+
+    A file that has changed since it was planned is a failure: its clips are not what the manifest says.
+    """
+    return [outcome for same_video in by_video(clips) for outcome in _decode_video(same_video, view)]
+
+
+def _decode_video(clips: list[PlannedClip], view: View) -> list[Outcome]:
+    first = clips[0]
+    try:
+        if first.status != Status.OK:
+            raise DecodeFailure(Status(first.status), first.error)
+        if file_identity(first.video) != (first.size_bytes, first.version):
+            raise DecodeFailure(Status.MISSING, "the file has changed since it was planned; plan again")
+    except DecodeFailure as failure:
+        return [failure] * len(clips)
+    return decode_clips(source_of(first), [(clip.start_s, clip.end_s) for clip in clips], view)

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections import defaultdict
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +11,9 @@ import pyarrow as pa
 from mone.config import ModelConfig
 from mone.static import kept_patches
 from mone.tubelets import to_patches
-from pipelines.decode import Clip, Outcome, decode_clips
-from pipelines.manifest import source_of
-from pipelines.probe import DecodeFailure, file_identity
+from pipelines.decode import Clip, Outcome
+from pipelines.manifest import by_video, decode_planned
+from pipelines.probe import DecodeFailure
 from pipelines.schema import DECODED, PlannedClip, Status
 from pipelines.view import WHOLE_CLIPS, TokenOptions, View
 
@@ -37,8 +36,8 @@ def tokenize_table(manifest: pa.Table, config: ModelConfig, options: TokenOption
     """
     clips = [PlannedClip(**row) for row in manifest.to_pylist()]
     rows = []
-    for _, same_video in groupby(clips, key=lambda clip: (clip.video, clip.version, clip.status)):
-        rows.extend(_tokenize_video(list(same_video), config, options))
+    for same_video in by_video(clips):
+        rows.extend(_tokenize_video(same_video, config, options))
     return pa.Table.from_pylist(rows, schema=DECODED)
 
 
@@ -46,23 +45,12 @@ def _tokenize_video(clips: list[PlannedClip], config: ModelConfig, options: Toke
     if clips[0].status != Status.OK:
         return [_row(clip, DecodeFailure(Status(clip.status), clip.error), config, options) for clip in clips]
     started_s = time.perf_counter()
-    outcomes = _decode_unchanged(clips, view_of(config, options.views))
+    outcomes = decode_planned(clips, view_of(config, options.views))
     decode_ms = (time.perf_counter() - started_s) * 1e3 / len(clips)
     return [
         _row(clip, outcome, config, options) | {"decode_ms": decode_ms}
         for clip, outcome in zip(clips, outcomes, strict=True)
     ]
-
-
-def _decode_unchanged(clips: list[PlannedClip], view: View) -> list[Outcome]:
-    """Decode, unless the file has changed since it was planned: then these clips are not what the manifest says."""
-    first = clips[0]
-    try:
-        if file_identity(first.video) != (first.size_bytes, first.version):
-            raise DecodeFailure(Status.MISSING, "the file has changed since it was planned; plan again")
-    except DecodeFailure as failure:
-        return [failure] * len(clips)
-    return decode_clips(source_of(first), [(clip.start_s, clip.end_s) for clip in clips], view)
 
 
 def _row(clip: PlannedClip, outcome: Outcome, config: ModelConfig, options: TokenOptions) -> dict:
