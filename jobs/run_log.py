@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jobs.curve_record import CurveRecord, write_record
+from jobs.curve_record import CurveRecord
+from jobs.curves import write_run_curve
 from jobs.metrics import MetricsWriter
 from mone.curve import CurvePoint
 
@@ -27,7 +28,7 @@ class RunLog:
         print(_line(kind, record), file=sys.stderr, flush=True)
 
     def _curve(self, record: dict[str, Any]) -> None:
-        """DIR/curve.json from the test split, or from val where there is none."""
+        """DIR/curve.json, .md and .png from the test split, or from val where there is none."""
         points = record.pop("points")
         splits = sorted({point["split"] for point in points})
         if not splits:
@@ -38,7 +39,7 @@ class RunLog:
             if point["split"] == splits[0]
         ]
         run = CurveRecord(data=self.data, split=splits[0], recipe=self.recipe, points=tuple(measured), **record)
-        write_record(run, self.folder)
+        write_run_curve(run, self.folder)
 
 
 def _line(kind: str, record: dict[str, Any]) -> str:

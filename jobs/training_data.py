@@ -1,6 +1,7 @@
 """What a run trains on: labelled videos or generated motions, in memory or as streams."""
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,8 @@ def load_in_memory(data: TrainingData, job: TrainJob, num_clips: int) -> list[Me
     """
     views = _views(job)
     if data.videos is None:
-        counts = {"train": num_clips, "val": _MOTIONS_HELD_OUT, "test": _MOTIONS_HELD_OUT}
+        held_out = min(num_clips, _MOTIONS_HELD_OUT)
+        counts = {"train": num_clips, "val": held_out, "test": held_out}
         return [motions(split, counts[split], views["test"]) for split in SPLITS]
     from pipelines.training_memory import in_memory
 
@@ -68,14 +70,17 @@ def worker_sources(
     """What a worker calls to get its clips. Videos are probed here, and decoded into the cache if there is one."""
     if data.videos is None:
         return functools.partial(_generated, data, job, num_clips)
-    from pipelines.training_stream import open_sources, prepare
+    from pipelines.training_sources import fill_cache, open_sources, prepare
 
-    manifests = {}
+    views, manifests = _views(job), {}
     for split in SPLITS:
         path = Path(job.output) / "data" / f"{split}.parquet"
-        prepare(data.videos[split], _plan(job, split, num_clips), path)
+        failures = prepare(data.videos[split], job.labels, _plan(job, split, num_clips), path)
+        for name, reason in failures.items():
+            print(f"left out {name}: {reason}", file=sys.stderr)
         manifests[split] = str(path)
-    return functools.partial(open_sources, manifests, job.labels, _views(job), cache, cache_bytes)
+    cached = fill_cache(manifests, views, cache, cache_bytes) if cache else {}
+    return functools.partial(open_sources, manifests, job.labels, views, cache, cached)
 
 
 def _generated(data: TrainingData, job: TrainJob, num_clips: int) -> Sources:

@@ -9,18 +9,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mone.augment import centre
 from mone.baselines import capacities_of, sharing_weights, with_method
 from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint
+from mone.clips import ClipSource
 from mone.compute import Compute, clip_compute
 from mone.config import ModelConfig
 from mone.model import Prediction, ViViT
 from mone.static import kept_patches
-from mone.training import ClipSource
+from mone.tubelets import to_patches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +84,8 @@ def measure(
     device = model.head.weight.device
     cases = _cases(model, methods, capacities, drop_static)
     sums = [_Sums(device) for _ in cases]
-    groups = _whole(clips, batch_size) if drop_static is None else _of_one_size(clips, batch_size, drop_static)
+    whole = _whole(clips, batch_size, model.config)
+    groups = whole if drop_static is None else _of_one_size(whole, batch_size, drop_static)
     for group in (group.to(device) for group in groups):
         for case, total in zip(cases, sums, strict=True):
             total.add(case, group)
@@ -122,16 +126,19 @@ class _Group(NamedTuple):
         return _Group(self.patches.to(device), self.labels_B.to(device), kept_BK)
 
 
-def _whole(clips: ClipSource, batch_size: int) -> Iterator[_Group]:
-    for batch in clips.batches(batch_size, None):
-        yield _Group(batch.patches_BFNP, batch.labels_B)
+def _whole(clips: ClipSource, batch_size: int, config: ModelConfig) -> Iterator[_Group]:
+    """All clips in their order, in groups of a batch: the middle of what is there, as the model takes it."""
+    plan = np.array_split(np.arange(len(clips)), range(batch_size, len(clips), batch_size))
+    for frames_BTHWC, labels_B, _ in clips.batches(plan):
+        seen = centre(frames_BTHWC, num_frames=config.num_frames, height_px=config.height_px, width_px=config.width_px)
+        yield _Group(to_patches(seen, config), labels_B)
 
 
-def _of_one_size(clips: ClipSource, batch_size: int, threshold: float) -> Iterator[_Group]:
+def _of_one_size(groups: Iterator[_Group], batch_size: int, threshold: float) -> Iterator[_Group]:
     """Clips wait for others of their size until these fill a batch; there are at most `static.LEVELS` sizes."""
     waiting: defaultdict[int, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
-    for batch in clips.batches(batch_size, None):
-        for patches_FNP, label in zip(batch.patches_BFNP.cpu(), batch.labels_B.cpu(), strict=True):
+    for group in groups:
+        for patches_FNP, label in zip(group.patches.cpu(), group.labels_B.cpu(), strict=True):
             kept_K = torch.from_numpy(kept_patches(patches_FNP.numpy(), threshold))
             alike = waiting[len(kept_K)]
             alike.append((patches_FNP.flatten(0, 1)[kept_K], label, kept_K))
@@ -224,10 +231,10 @@ def routing_focus(
     model, num_places = sharing_weights(model, config), moving_SFN.numel()
     both = torch.zeros((), dtype=torch.int64, device=device)
     taken, start = torch.zeros_like(both), 0
-    for batch in clips.batches(batch_size, None):
-        plan = predict(model, batch.patches_BFNP.to(device), capacity).plan
-        moving_BK = moving_SFN[start : start + len(batch.labels_B)].to(device).flatten(1)
-        start += len(batch.labels_B)
+    for group in _whole(clips, batch_size, config):
+        plan = predict(model, group.patches.to(device), capacity).plan
+        moving_BK = moving_SFN[start : start + len(group.labels_B)].to(device).flatten(1)
+        start += len(group.labels_B)
         taken_BK = plan.expert_BN.flatten(1) == expert
         taken += taken_BK.sum()
         both += (taken_BK & moving_BK).sum()

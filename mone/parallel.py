@@ -39,7 +39,8 @@ class Parallel:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, cast_forward_inputs=False)
             for block in [*model.encoder.blocks, *getattr(model.temporal, "blocks", [])]:
                 fully_shard(block, mp_policy=policy)
-            return fully_shard(model)
+            fully_shard(model)
+            return model
         if self.world == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None

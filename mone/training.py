@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from mone.augment import augment, centre, mix
 from mone.clips import Batch, ClipSource
-from mone.compute import clip_flops
+from mone.compute import training_flops
 from mone.model import ViViT
 from mone.optim import make_optimizer, schedule
 from mone.order import EpochOrder
@@ -124,6 +124,7 @@ class Trainer:
         """One optimiser step, without waiting for the device."""
         config, device, step = self.config, self.parallel.device, self.place.step
         stage, epoch_of_stage = self._stage_and_epoch()
+        self._stage_name = stage.name
         done_share = (epoch_of_stage + self.place.samples / self.num_samples) / stage.epochs
         self._rate = stage.learning_rate * schedule(done_share, config.warmup_share)
         for group in self.optimizer.param_groups:
@@ -183,7 +184,7 @@ class Trainer:
         """Move the average towards the weights; faster at first, so that it forgets where it began."""
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         parameters = [parameter.detach() for parameter in self.model.parameters()]
-        torch._foreach_lerp_(self.average, parameters, 1 - decay)
+        torch._foreach_lerp_(self.average, parameters, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[ViViT]:
@@ -203,7 +204,7 @@ class Trainer:
 
     def evaluate(self, source: ClipSource, capacity: float, *, batch_size: int = 64) -> Score:
         """Score the averaged model at an effective capacity, on all workers together."""
-        parallel, sizes = self.parallel, self.model.config
+        parallel = self.parallel
         plan = EpochOrder(len(source), 0, shuffle=False).steps(
             0, batch_size * parallel.world, rank=parallel.rank, world=parallel.world
         )
@@ -248,7 +249,7 @@ class Trainer:
             raise DivergedError(f"the loss has grown from {self._first_loss:.3g} to {loss:.3g} at step {step}")
         routed = max(1, sum(self._tokens))
         report = Metrics(
-            stage=self.stage.name,
+            stage=self._stage_name,
             epoch=self.place.epoch,
             step=step,
             loss=loss,
@@ -269,11 +270,11 @@ class Trainer:
         self._sums = torch.zeros(3, device=self.parallel.device)
         self._started_s, self._waited_s, self._flops = time.perf_counter(), 0.0, 0
         self._tokens = [0] * self.model.config.num_experts
-        self._rate, self._grad_norm = 0.0, torch.zeros(())
+        self._rate, self._grad_norm, self._stage_name = 0.0, torch.zeros(()), ""
 
     def _count(self, batch: Batch, counts: tuple[int, ...]) -> None:
-        """Backward costs twice what forward does."""
-        flops = 3 * clip_flops(self.model.config, counts) * len(batch.labels_B)
+        """Add a step's work, of all workers as of this one, to the totals."""
+        flops = training_flops(self.model.config, counts) * len(batch.labels_B)
         self._flops += flops
         self.trained_flops += flops * self.parallel.world
         for expert, count in enumerate(counts):

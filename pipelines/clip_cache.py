@@ -21,7 +21,8 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import torch
 
-from pipelines.clip_source import Batch, classes_of, clip_bytes, frames_like, name_of, read_ahead
+from mone.clips import Batch
+from pipelines.clip_source import classes_of, clip_bytes, frames_like, name_of, read_ahead
 from pipelines.decode import PIXELS_VERSION
 from pipelines.view import View
 

@@ -1,11 +1,11 @@
-"""What training asks for clips: batches of uint8 frames, for rows of the manifest that it names, in that order.
+"""What the sources of training clips share: reading ahead, classes, names and sizes.
 
 Shapes: B clips, T frames of H x W pixels; S rows of the manifest.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,38 +18,6 @@ T = TypeVar("T")
 
 # Batches that are being read while one is used: one to hand over, one for a slow file.
 BATCHES_AHEAD = 2
-
-
-class Batch(NamedTuple):
-    """Clips of one step.
-
-    Attributes:
-        frames_BTHWC: uint8 [B, T, H, W, 3] in host memory, page-locked where there is a GPU to copy it to.
-        labels_B: int64 classes.
-        samples_B: int64 rows of the manifest.
-    """
-
-    frames_BTHWC: Tensor
-    labels_B: Tensor
-    samples_B: Tensor
-
-
-class ClipSource(Protocol):
-    """Where batches come from.
-
-    Attributes:
-        failures: Reason for each clip that could not be read so far, by name.
-    """
-
-    failures: dict[str, str]
-
-    def __len__(self) -> int:
-        """Rows of the manifest."""
-        ...
-
-    def batches(self, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
-        """A batch for each array of rows, in order, read ahead; what cannot be read is left out, never replaced."""
-        ...
 
 
 def read_ahead(started: Iterable[Callable[[], T]], depth: int = BATCHES_AHEAD) -> Iterator[T]:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.order import EpochOrder, part_of
+from mone.order import EpochOrder, part_of
 
 SIZES = st.integers(0, 200)
 BATCHES = st.integers(1, 70)
