@@ -37,6 +37,8 @@ from mone.tubelets import to_patches
 # Whole tensors on the CPU of rank 0, whatever the sharding: a checkpoint fits any number of workers.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _LOADED = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
+# ToMe never trains the router and alpha, which have no moments then.
+_LOADED_MOMENTS = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False, strict=False)
 
 
 class Place(NamedTuple):
@@ -315,7 +317,7 @@ class Trainer:
         set_model_state_dict(self.model, state["model"], options=_LOADED)
         self.optimizer.state.clear()
         if state["optimizer"]:
-            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_LOADED)
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_LOADED_MOMENTS)
         self.place, self.trained_flops = Place(*state["place"]), state["trained_flops"]
         self._first_loss = state["first_loss"]
 

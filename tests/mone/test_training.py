@@ -36,6 +36,13 @@ def run_epochs(trainer, clips):
     return found
 
 
+def trained(state):
+    """Without moments that are zero because nothing is ever learned there, as ToMe does with the router."""
+    moments = state["optimizer"]["state"]
+    kept = {name: own for name, own in moments.items() if any(value.any() for key, value in own.items() if key != "step")}
+    return state | {"optimizer": state["optimizer"] | {"state": kept}}
+
+
 RESUMED = {
     "learned router": {},
     "random router, dropout": {"config": replace(CONFIG, router="random", dropout=0.1)},
@@ -49,8 +56,7 @@ RESUMED = {
 def test_resume_is_exact_after_every_step(name, tmp_path):
     settings = {"augment": AUGMENTED} | RESUMED[name]
     clips = corner_clips(20, seed=0, config=settings.get("config", CONFIG))  # 3 steps an epoch, the last is smaller
-    through, states = new_trainer(20, **settings), []
-    reports = []
+    through, reports, states = new_trainer(20, **settings), [], []
     while not through.done:
         for _ in through.run(clips):
             reports.append(through.metrics()._replace(clips_per_s=0.0, data_wait_share=0.0))
@@ -60,18 +66,16 @@ def test_resume_is_exact_after_every_step(name, tmp_path):
 
     for stop in (0, 1, 3, 5, 11):  # before the first step, within an epoch, between stages, and before the last step
         stopped = new_trainer(20, **settings)
-        for _ in range(stop):
-            if stopped.place.step < stop:
-                for _ in islice(stopped.run(clips), stop - stopped.place.step):
-                    stopped.metrics()
-        assert stopped.place.step == stop
+        while stopped.place.step < stop:
+            next(stopped.run(clips))
+            stopped.metrics()
         torch.save(stopped.state(), tmp_path / "state.pt")
         list(islice(stopped.run(clips), 1))  # what is done after a state was taken is not in it
         resumed = new_trainer(20, seed=1, **settings)
         resumed.load(torch.load(tmp_path / "state.pt", weights_only=True))
         torch.rand(7)  # the global generator is elsewhere
         assert run_all(resumed, clips) == reports[stop:]
-        assert_same_state(resumed.state(), states[-1])
+        assert_same_state(trained(resumed.state()), trained(states[-1]))
 
 
 def test_a_state_is_of_its_moment():
@@ -145,15 +149,17 @@ def test_every_encoder_learns_with_dropout_over_adaptive_capacities(changes):
 
 
 def test_alphas_move_within_their_bounds():
-    config = replace(CONFIG, depth=2)
-    stages = (Stage(name="mone", epochs=6, routing="mone", learning_rate=0.3),)  # enough to leave them at once
+    config = replace(CONFIG, depth=3)
+    stages = (Stage(name="mone", epochs=6, routing="mone", learning_rate=0.1),)
     trainer, clips = new_trainer(16, config=config, stages=stages), corner_clips(16, seed=0, config=config)
+    with torch.no_grad():
+        trainer.model.encoder.alpha_L.copy_(torch.tensor([-3.0, 0.5, 5.0]))  # the outer ones are put back
     seen = []
     while not trainer.done:
         for _ in trainer.run(clips):
             seen += trainer.model.encoder.alpha_L.tolist()
     assert min(seen) >= 0 and max(seen) < 1
-    assert len(set(seen)) > 2
+    assert len(set(seen)) > 5
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "proportionate", "submodel", "token_drop", "tome"])
@@ -250,7 +256,7 @@ def test_average_follows_the_weights_at_its_decay():
 
 
 def test_micro_batches_give_the_same_steps():
-    """float32 sums in another order: 1e-5; the second moment of AdamW hides nothing from gradients of 1e-3."""
+    """float32 sums in another order: 1e-5 of a loss; AdamW makes more of that where gradients are near 0."""
     clips, runs = corner_clips(20, seed=0), []
     for micro_batch in (0, 3, 1):
         trainer = new_trainer(20, micro_batch=micro_batch, augment=AUGMENTED)
@@ -258,7 +264,8 @@ def test_micro_batches_give_the_same_steps():
     for reports, state in runs[1:]:
         for found, expected in zip(reports, runs[0][0], strict=True):
             assert found.loss == pytest.approx(expected.loss, abs=1e-5)
-            assert found[6:] == pytest.approx(expected[6:], rel=1e-3, abs=1e-5)
+            assert found.grad_norm == pytest.approx(expected.grad_norm, abs=1e-4)
+            assert found._replace(loss=0, grad_norm=0, alpha=0) == expected._replace(loss=0, grad_norm=0, alpha=0)
         assert_same_state(state["model"], runs[0][1]["model"], rtol=0, atol=2e-5)
 
 
@@ -274,5 +281,5 @@ def test_a_score_is_the_share_of_right_answers_and_their_cross_entropy(favourite
     score = Trainer(model, train, 1, Parallel(torch.device("cpu"))).evaluate(clips, 0.4, batch_size=3)
     assert score.top1 == pytest.approx([1 / 7, 2 / 7, 4 / 7][favourite])
     logits_SC = model.eval()(to_patches(clips.frames_STHWC, config), 0.4).logits_BC
-    assert score.nll == pytest.approx(float(F.cross_entropy(logits_SC, labels)), rel=1e-5)
+    assert score.nll == pytest.approx(float(F.cross_entropy(logits_SC.detach(), labels)), rel=1e-5)
     assert score.num_clips == 7

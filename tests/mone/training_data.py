@@ -48,7 +48,7 @@ def flat(state: dict, prefix: str = "") -> dict[str, object]:
     """A state without its nesting."""
     found = {}
     for key, value in state.items():
-        inner = dict(enumerate(value)) if isinstance(value, list) else value
+        inner = dict(enumerate(value)) if isinstance(value, list | tuple) else value
         found |= flat(inner, f"{prefix}{key} ") if isinstance(inner, dict) else {f"{prefix}{key}": value}
     return found
 
