@@ -59,7 +59,7 @@ def test_layer_decay_falls_from_the_head_to_the_embeddings():
 def test_layer_decay_without_a_temporal_encoder():
     options = options_by_name(ViViT(small_config(temporal_depth=0)), 0.05, 0.5)
     scale = {name: scale for name, (_, scale) in options.items()}
-    assert (scale["head.weight"], scale["encoder.blocks.1.norm1.weight"]) == (1, 0.5)
+    assert (scale["head.weight"], scale["encoder.blocks.1.attention.qkv.weight"]) == (1, 0.5)
     assert scale["embed.weight"] == 0.125
 
 
