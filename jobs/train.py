@@ -132,6 +132,8 @@ def _check(config: Train) -> int | tuple[int, int]:
             raise UserError(f"--{name} has no effect {'without' if most == 0 else 'with'} --num-workers")
     if config.strategy == "fsdp" and most == 0:
         raise UserError("--strategy fsdp needs --num-workers")
+    if most == 0:
+        choose_device(config.device)
     return (least, most) if match[2] else most
 
 

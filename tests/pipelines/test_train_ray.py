@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,19 @@ def noise(num_samples: int = NUM_SAMPLES) -> MemoryClips:
     return MemoryClips(frames, torch.arange(num_samples) % 2)
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """Those that Ray Train would continue from, once it has said so."""
+    snapshot = run / "checkpoints" / "checkpoint_manager_snapshot.json"
+    return sorted(snapshot.parent.glob("checkpoint_20*")) if snapshot.exists() else []
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 60) -> None:
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end_s, "it did not come"
+        time.sleep(0.02)
+
+
 class Deadly(MemoryClips):
     """Clips whose reader is killed before the batch of one step, the first time on this disk."""
 
@@ -71,6 +84,7 @@ class Deadly(MemoryClips):
     def batches(self, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
         for batch in super().batches(plan):
             if self.at_sample in batch.samples_B.tolist() and not self.marker.exists():
+                wait_for(lambda: checkpoints(self.marker.parent / "run"))
                 self.marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             yield batch
@@ -132,7 +146,7 @@ def test_a_worker_is_killed_and_the_model_is_that_of_one_process(alone, tmp_path
     starts = {file.name.split("-")[0] for file in (tmp_path / "run" / "samples").iterdir()}
     assert len(starts) == 2
     again = steps_logged(tmp_path / "run", max(starts))
-    assert STEPS < min(again) <= STEPS + 9 and max(again) == 2 * STEPS  # from a checkpoint within the epoch, or its start
+    assert 1 < min(again) <= STEPS + 9 and max(again) == 2 * STEPS  # not from the start
 
 
 def steps_logged(run: Path, start: str) -> list[int]:
@@ -226,3 +240,53 @@ def test_two_workers_learn_from_a_stream_and_say_what_they_leave_out(videos, tmp
     assert "Traceback" not in ended.stderr and "[State Transition]" not in ended.stderr
     assert read_checkpoint(tmp_path / "run" / "model").labels == LABELS
     assert [row["workers"] for row in metrics(tmp_path / "run")] == [2, 2]
+
+
+@pytest.mark.slow
+def test_a_cache_is_filled_once_and_gives_the_model_of_the_stream(videos, tmp_path):
+    options = ["--data", videos, "--clips-per-video", 3, "--num-workers", 1, "--seed", 1]
+    cached = [*options, "--cache", tmp_path / "cache"]
+    streamed = run_tiny(*options, "--output", tmp_path / "streamed")
+    assert streamed.returncode == 0, streamed.stderr
+    ended = run_tiny(*cached, "--output", tmp_path / "first")
+    assert ended.returncode == 0, ended.stderr
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.parquet")}
+    assert shards
+    # The manifest is there already, and no video is opened any more.
+    shutil.copytree(tmp_path / "first" / "data", tmp_path / "second" / "data")
+    for path in videos.parent.glob("videos/*.mkv"):
+        path.write_bytes(b"gone")
+    ended = run_tiny(*cached, "--output", tmp_path / "second")
+    assert ended.returncode == 0, ended.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.parquet")} == shards
+    assert weights(tmp_path / "first") == weights(tmp_path / "second") == weights(tmp_path / "streamed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_driver_is_killed_and_the_same_command_continues(videos, tmp_path, count):
+    """Of 2 x 2 epochs of 18 steps; killed after a checkpoint, anywhere within an epoch."""
+    options = ["--recipe", "long", "--data", videos, "--clips-per-video", 12, "--num-workers", count]
+    options += ["--checkpoint-every", 3, "--log-samples"]
+    run = tmp_path / "run"
+    driver = subprocess.Popen(**command_of(*options, "--output", run), stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: checkpoints(run) or driver.poll() is not None, 120)
+    finally:
+        driver.kill()
+    driver.communicate()
+    assert not (run / "model").exists()
+    ended = run_tiny(*options, "--output", run)
+    assert ended.returncode == 0, ended.stderr
+    starts = sorted({file.name.split("-")[0] for file in (run / "samples").iterdir()})
+    assert len(starts) == 2
+    assert min(steps_logged(run, starts[1])) > 1
+    rows = [sample for file in (run / "samples").iterdir() for sample in file.read_text().splitlines()]
+    num_samples = 1 + max(max(json.loads(row)["samples"], default=0) for row in rows)
+    steps = -(-num_samples // BATCH)
+    assert samples_of_epochs(run, steps) == [[*range(num_samples)]] * 4
+    whole = run_tiny(*options, "--output", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run, tmp_path / "whole"))
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=WEIGHT_TOLERANCE, rtol=WEIGHT_TOLERANCE)
