@@ -1,13 +1,18 @@
 """What a training run says of itself: lines for people, metrics.jsonl, TensorBoard, and its curve at the end."""
 
+import contextlib
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jobs.curve_record import CurveRecord
 from jobs.curves import write_run_curve
-from jobs.metrics import MetricsWriter
+from jobs.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from mone.curve import CurvePoint
+
+_LOOK_EVERY_S = 0.5
 
 
 class RunLog:
@@ -16,16 +21,22 @@ class RunLog:
     def __init__(self, output: str, data: str, recipe: str) -> None:
         self.folder, self.data, self.recipe = Path(output), data, recipe
         self.metrics = MetricsWriter(self.folder)
+        told = [record["clips"] for record in read_metrics(self.folder) if record["kind"] == "left_out"]
+        self._left_out = {name for clips in told for name in clips}
 
     def __call__(self, record: dict[str, Any]) -> None:
-        """Keep and show a record."""
+        """Keep a record."""
         record = dict(record)
         kind = record.pop("kind")
         if kind == "curve":
             self._curve(record)
             return
+        if kind == "left_out":  # each clip once in a run, however often it is started
+            record["clips"] = {name: why for name, why in record["clips"].items() if name not in self._left_out}
+            self._left_out |= record["clips"].keys()
+            if not record["clips"]:
+                return
         self.metrics.write(kind, record.pop("step"), record)
-        print(_line(kind, record), file=sys.stderr, flush=True)
 
     def _curve(self, record: dict[str, Any]) -> None:
         """DIR/curve.json, .md and .png from the test split, or from val where there is none."""
@@ -42,7 +53,42 @@ class RunLog:
         write_run_curve(run, self.folder)
 
 
+@contextlib.contextmanager
+def showing(folder: Path) -> Iterator[None]:
+    """Print what is new in metrics.jsonl, whichever process and machine writes it."""
+    seen = {(record["kind"], record["step"]) for record in read_metrics(folder)}
+    ended = threading.Event()
+
+    def follow() -> None:
+        written, over = None, False
+        while not over:
+            over = ended.wait(_LOOK_EVERY_S)
+            with contextlib.suppress(FileNotFoundError):  # not yet
+                stat = (folder / METRICS_FILE).stat()
+                if (stat.st_ino, stat.st_size) != written:
+                    written = (stat.st_ino, stat.st_size)
+                    _show_new(folder, seen)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _show_new(folder: Path, seen: set[tuple[str, int]]) -> None:
+    for record in read_metrics(folder):
+        key = (record["kind"], record["step"])
+        if key not in seen:
+            seen.add(key)
+            print(_line(record["kind"], record), file=sys.stderr, flush=True)
+
+
 def _line(kind: str, record: dict[str, Any]) -> str:
+    if kind == "left_out":
+        return "\n".join(f"left out {name}: {reason}" for name, reason in record["clips"].items())
     shown = "  ".join(f"val@{capacity} {score:.1%}" for capacity, score in record.get("val_top1", {}).items())
     memory = f"  {record['gpu_memory_gib']:.1f} GiB" if "gpu_memory_gib" in record else ""
     return (

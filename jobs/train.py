@@ -18,7 +18,7 @@ from typing import Literal
 from jobs.cli import JobFailed, UserError, checking_input, run
 from jobs.inputs import choose_device, make_output
 from jobs.recipes import RECIPES, Recipe
-from jobs.run_log import RunLog
+from jobs.run_log import RunLog, showing
 from jobs.training_data import MOTIONS_DATA, TrainingData, load_in_memory, training_data, worker_sources
 from mone.baselines import METHODS, with_method
 from mone.checkpoint import Checkpoint, read_checkpoint
@@ -132,6 +132,8 @@ def _check(config: Train) -> int | tuple[int, int]:
             raise UserError(f"--{name} has no effect {'without' if most == 0 else 'with'} --num-workers")
     if config.strategy == "fsdp" and most == 0:
         raise UserError("--strategy fsdp needs --num-workers")
+    if most == 0:
+        choose_device(config.device)
     return (least, most) if match[2] else most
 
 
@@ -142,25 +144,29 @@ def _train_here(config: Train, job: TrainJob, data: TrainingData, output: Path) 
     sources = [clips.to(device) for clips in load_in_memory(data, job, _clips(config))]
     if not len(sources[0]):
         raise UserError(f"no clip of {config.data} can be read")
-    for source in sources:
-        for name, reason in source.failures.items():
-            print(f"left out {name}: {reason}", file=sys.stderr)
-    train_loop(
-        job, Sources(*sources), Parallel(device), LocalLink(output, RunLog(job.output, config.data, config.recipe))
-    )
+    log = RunLog(job.output, config.data, config.recipe)
+    with showing(output):
+        train_loop(job, Sources(*sources), Parallel(device), LocalLink(output, log))
 
 
 def _train_on_ray(config: Train, job: TrainJob, data: TrainingData, workers: int | tuple[int, int]) -> None:
     from jobs.cluster import connected
-    from pipelines.train_ray import Workers, fit
+    from pipelines.train_ray import TooFewCpusError, Workers, WorkersFailedError, fit
 
     if (Path(job.output) / MODEL_DIR).exists():
         return
     with connected(config.address):
-        sources = worker_sources(data, job, _clips(config), config.cache, int(config.cache_gb * 1e9))
+        with checking_input():
+            sources = worker_sources(data, job, _clips(config), config.cache, int(config.cache_gb * 1e9))
         log = functools.partial(RunLog, job.output, config.data, config.recipe)
         asked = Workers(count=workers, strategy=config.strategy, storage=config.storage or job.output)
-        fit(job, sources, asked, log)
+        try:
+            with showing(Path(job.output)):
+                fit(job, sources, asked, log)
+        except WorkersFailedError as error:
+            raise JobFailed(str(error)) from error
+        except TooFewCpusError as error:
+            raise UserError(f"--num-workers {config.num_workers}: {error}") from error
 
 
 def _clips(config: Train) -> int:

@@ -67,10 +67,15 @@ def load_in_memory(data: TrainingData, job: TrainJob, num_clips: int) -> list[Me
 def worker_sources(
     data: TrainingData, job: TrainJob, num_clips: int, cache: str, cache_bytes: int
 ) -> Callable[[], Sources]:
-    """What a worker calls to get its clips. Videos are probed here, and decoded into the cache if there is one."""
+    """What a worker calls to get its clips. Videos are probed here, and decoded into the cache if there is one.
+
+    Raises:
+        CacheError: A cache that cannot be used.
+        UserError: Nothing to train on.
+    """
     if data.videos is None:
         return functools.partial(_generated, data, job, num_clips)
-    from pipelines.training_sources import fill_cache, open_sources, prepare
+    from pipelines.training_sources import count_clips, fill_cache, open_sources, prepare
 
     views, manifests = _views(job), {}
     for split in SPLITS:
@@ -79,6 +84,8 @@ def worker_sources(
         for name, reason in failures.items():
             print(f"left out {name}: {reason}", file=sys.stderr)
         manifests[split] = str(path)
+    if not count_clips(manifests["train"]):
+        raise UserError("no clip of the training split can be read")
     cached = fill_cache(manifests, views, cache, cache_bytes) if cache else {}
     return functools.partial(open_sources, manifests, job.labels, views, cache, cached)
 

@@ -76,4 +76,6 @@ class MemoryClips:
 
     def to(self, device: torch.device | str) -> "MemoryClips":
         """The same clips on a device."""
-        return MemoryClips(self.frames_STHWC.to(device), self.labels_S.to(device))
+        clips = MemoryClips(self.frames_STHWC.to(device), self.labels_S.to(device))
+        clips.failures = self.failures
+        return clips

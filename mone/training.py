@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from mone.augment import augment, centre, mix
 from mone.clips import Batch, ClipSource
@@ -239,14 +240,16 @@ class Trainer:
         """What happened since the last call; waits for the device. All workers must call it together.
 
         Raises:
-            DivergedError: The loss is not finite, or three times what it was at first.
+            DivergedError: The loss or a weight is not finite, or three times what it was at first.
         """
         elapsed_s = time.perf_counter() - self._started_s
         loss, right, clips = self.parallel.sum(self._sums.double()).tolist()
         loss, accuracy = loss / max(clips, 1), right / max(clips, 1)
         step = self.place.step
-        if not math.isfinite(loss):
-            raise DivergedError(f"the loss is {loss} at step {step}; lower the learning rate")
+        # A step after a last good loss can still have spoilt the weights.
+        weights_norm = _whole(nn.utils.get_total_norm(self.model.parameters()))
+        if not math.isfinite(loss) or not math.isfinite(weights_norm):
+            raise DivergedError(f"the loss or the weights are not finite at step {step}; lower the learning rate")
         self._first_loss = min(self._first_loss, loss) if math.isfinite(self._first_loss) else loss
         if loss > 3 * max(self._first_loss, math.log(self.model.config.num_classes)):
             raise DivergedError(f"the loss has grown from {self._first_loss:.3g} to {loss:.3g} at step {step}")
@@ -258,8 +261,8 @@ class Trainer:
             loss=loss,
             accuracy=accuracy,
             learning_rate=self._rate,
-            grad_norm=float(self._grad_norm),
-            alpha=float(self.model.encoder.bounded_alphas().detach().mean()),
+            grad_norm=_whole(self._grad_norm),
+            alpha=_whole(self.model.encoder.bounded_alphas().detach().mean()),
             clips=round(clips),
             clips_per_s=clips / elapsed_s,
             data_wait_share=self._waited_s / elapsed_s,
@@ -325,6 +328,11 @@ class Trainer:
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:
     """Autocast to bfloat16 where it was asked for and the device has it in hardware."""
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda")
+
+
+def _whole(scalar: Tensor) -> float:
+    """The value of a number that FSDP may have spread over the workers."""
+    return float(scalar.full_tensor() if isinstance(scalar, DTensor) else scalar)
 
 
 def _generator(seed: int, step: int) -> torch.Generator:

@@ -1,6 +1,7 @@
 """What every worker of a training run does, with Ray or without."""
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -88,7 +89,9 @@ def train_loop(job: TrainJob, sources: Sources, parallel: Parallel, link: Link) 
     trainer = Trainer(new_model(job), job.train, len(sources.train), parallel)
     if state := link.latest():
         trainer.load(state)
-    samples = _SampleLog(job, parallel.rank)
+    samples = _SampleLog(job, parallel)
+    failures = _FailureLog(sources, trainer, link)
+    failures.tell()
     while not trainer.done:
         for batch in trainer.run(sources.train):
             samples.write(trainer.place.step, batch)
@@ -98,10 +101,12 @@ def train_loop(job: TrainJob, sources: Sources, parallel: Parallel, link: Link) 
             for capacity in measured_capacities(job, SHOWN_CAPACITIES)
             if len(sources.val)
         }
+        failures.tell()
         metrics = _record(trainer.metrics(), parallel) | {"kind": "epoch", "val_top1": scores}
         link.log(metrics)
         link.save(trainer.state(), metrics)
     finish(job, trainer, sources, link)
+    failures.tell()
 
 
 def measured_capacities(job: TrainJob, wanted: tuple[float, ...]) -> tuple[float, ...]:
@@ -170,17 +175,35 @@ def _summary(points: list[dict[str, Any]]) -> list[str]:
 
 
 class _SampleLog:
-    """Which samples each step saw, a file per worker and start of it; a step that was taken back is there twice."""
+    """Which samples each step saw: START-rankN.jsonl of each worker and start of the run.
 
-    def __init__(self, job: TrainJob, rank: int) -> None:
-        self.folder = Path(job.output) / SAMPLES_DIR if job.log_samples else None
-        self.rank = rank
+    A step that was taken back is there again under a later START, which is the one that made the model.
+    """
+
+    def __init__(self, job: TrainJob, parallel: Parallel) -> None:
+        self.path: Path | None = None
+        if job.log_samples:
+            start_ms = parallel.gather(time.time_ns() // 1_000_000)[0]
+            self.path = Path(job.output) / SAMPLES_DIR / f"{start_ms}-rank{parallel.rank}.jsonl"
+            self.path.parent.mkdir(exist_ok=True)
 
     def write(self, step: int, batch: Batch) -> None:
-        if self.folder:
-            self.folder.mkdir(exist_ok=True)
-            with (self.folder / f"rank{self.rank}.jsonl").open("a") as file:
+        if self.path:
+            with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, "samples": batch.samples_B.tolist()}) + "\n")
+
+
+class _FailureLog:
+    """Tells of clips that could not be read, on whichever worker; all workers call it together."""
+
+    def __init__(self, sources: Sources, trainer: Trainer, link: Link) -> None:
+        self.sources, self.trainer, self._link = sources, trainer, link
+
+    def tell(self) -> None:
+        mine = {name: reason for source in self.sources for name, reason in source.failures.items()}
+        clips = {name: reason for found in self.trainer.parallel.gather(mine) for name, reason in found.items()}
+        if clips:
+            self._link.log({"kind": "left_out", "step": self.trainer.place.step, "clips": clips})
 
 
 class LocalLink:

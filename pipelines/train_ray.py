@@ -4,6 +4,8 @@ Run again with the same storage it continues from the last checkpoint, with howe
 """
 
 import functools
+import logging
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from ray.train import (
     FailureConfig,
     RunConfig,
     ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
 )
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
@@ -53,6 +57,14 @@ class Workers:
 Log = Callable[[dict[str, Any]], None]
 
 
+class WorkersFailedError(RuntimeError):
+    """Workers failed too often; the reason of one of them."""
+
+
+class TooFewCpusError(ValueError):
+    """The cluster cannot train and decode at the same time."""
+
+
 def fit(job: TrainJob, sources: Callable[[], Sources], workers: Workers, make_log: Callable[[], Log]) -> None:
     """Train on the cluster that Ray is connected to.
 
@@ -64,9 +76,12 @@ def fit(job: TrainJob, sources: Callable[[], Sources], workers: Workers, make_lo
 
     Raises:
         DivergedError: See `mone.training.Trainer.metrics`.
-        ray.train.TrainingFailedError: Workers failed too often.
+        TooFewCpusError: The workers would wait for ever for clips.
+        WorkersFailedError: Workers failed too often.
     """
     (Path(job.output) / DIVERGED_FILE).unlink(missing_ok=True)
+    _check_cpus(workers)
+    _quiet()
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0
     trainer = TorchTrainer(
         functools.partial(_work, job=job, sources=sources, strategy=workers.strategy, make_log=make_log),
@@ -83,9 +98,33 @@ def fit(job: TrainJob, sources: Callable[[], Sources], workers: Workers, make_lo
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise WorkersFailedError(_reason(error)) from error
     if (Path(job.output) / DIVERGED_FILE).exists():
         raise DivergedError((Path(job.output) / DIVERGED_FILE).read_text())
+
+
+def _check_cpus(workers: Workers) -> None:
+    least = workers.count if isinstance(workers.count, int) else workers.count[0]
+    cpus, needed = ray.cluster_resources().get("CPU", 0), math.ceil(least * _WORKER_CPUS) + 1
+    if cpus < needed:
+        raise TooFewCpusError(f"needs {needed} CPUs, one of them to decode; the cluster has {cpus:g}")
+
+
+def _quiet() -> None:
+    """Keep the run's own lines readable: Ray Train's go to its log files alone, but for its errors."""
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+
+
+def _reason(error: TrainingFailedError) -> str:
+    """The first worker's own words, or those of Ray."""
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    for rank, failure in sorted(failures.items()):
+        last = str(failure).strip().splitlines()[-1:] or [type(failure).__name__]
+        return f"worker {rank} failed: {last[0]}"
+    return str(error)
 
 
 def _work(job: TrainJob, sources: Callable[[], Sources], strategy: Strategy, make_log: Callable[[], Log]) -> None:

@@ -31,6 +31,11 @@ def prepare(videos: Sequence[Video], labels: Sequence[str], plan: ClipPlan, path
     return planned.failures
 
 
+def count_clips(path: str) -> int:
+    """Rows of a manifest."""
+    return pq.read_metadata(path).num_rows
+
+
 def fill_cache(manifests: Mapping[str, str], views: Mapping[str, View], cache: str, max_bytes: int) -> dict[str, bool]:
     """Decode all splits into the cache; says of each whether it fits."""
     return {split: not fill(pq.read_table(path), views[split], cache, max_bytes) for split, path in manifests.items()}

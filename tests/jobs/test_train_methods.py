@@ -8,15 +8,20 @@ import pytest
 import torch
 
 import jobs.train
+import jobs.training_data
+import pipelines.train_loop
 from jobs.recipes import RECIPES, Recipe
 from mone.baselines import METHODS, with_method
 from mone.checkpoint import read_checkpoint
-from mone.training import MemoryClips, Stage, TrainConfig, Trainer
+from mone.clips import MemoryClips
+from mone.stages import Stage, TrainConfig
+from mone.training import Trainer
 from pipelines.synthetic import MOTIONS
 from pipelines.synthetic_stream import motions
+from pipelines.view import View
 from tests.conftest import TINY
 
-OWN = {"dense": ["1.0"], "uniform": ["0.46875"], "proportionate": ["0.26666666666666666"]}
+OWN = {"dense": ["1"], "uniform": ["0.469"], "proportionate": ["0.267"]}
 # Of stages that a recipe wants nested, then mone; where tokens are reduced there are no nested widths.
 ROUTINGS = {
     "dense": ["dense", "dense"],
@@ -36,20 +41,21 @@ def tiny() -> Recipe:
 
 @pytest.fixture(scope="module")
 def rendered() -> dict[str, MemoryClips]:
-    return {split: motions(split, 12, TINY, num_workers=1) for split in ("train", "val")}
+    view = View(num_frames=TINY.num_frames, height_px=TINY.height_px, width_px=TINY.width_px)
+    return {split: motions(split, 12, view, num_workers=1) for split in ("train", "val", "test")}
 
 
 @pytest.fixture(autouse=True)
 def _tiny_recipe_on_one_cpu(monkeypatch, rendered):
     monkeypatch.setitem(RECIPES, "tiny", tiny)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(jobs.train, "motions", lambda split, count, config: rendered[split])
+    monkeypatch.setattr(jobs.training_data, "motions", lambda split, count, view: rendered[split])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_trained(tmp_path, monkeypatch, method):
     trainers = []
-    monkeypatch.setattr(jobs.train, "Trainer", lambda *args: trainers.append(Trainer(*args)) or trainers[-1])
+    monkeypatch.setattr(pipelines.train_loop, "Trainer", lambda *args: trainers.append(Trainer(*args)) or trainers[-1])
     arguments = ["--recipe", "tiny", "--method", method, "--data", "motions", "--output", str(tmp_path)]
     assert jobs.train.main(arguments) == 0
     (trainer,) = trainers
@@ -61,12 +67,13 @@ def test_every_method_can_be_trained(tmp_path, monkeypatch, method):
     assert [stage.routing for stage in trainer.config.stages] == ROUTINGS.get(method, ["nested", "mone"])
 
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert list(last["val_top1"]) == OWN.get(method, ["0.2", "0.4", "1.0"])
+    assert list(last["val_top1"]) == OWN.get(method, ["0.2", "0.4", "1"])
     card = (tmp_path / "model" / "README.md").read_text()
     assert f"`python -m jobs.train --data motions --recipe tiny --method {method}`, seed 0" in card
     for capacity, score in last["val_top1"].items():
-        assert f"{score:.1%} at capacity {float(capacity):.3g}" in card
-    assert f"Training loss {last['loss']:.3f}" in card and "1 epochs of first" in card
+        assert f"| val | {float(capacity):.3g} | {score:.1%} | 12 |" in card
+        assert f"| test | {float(capacity):.3g} |" in card
+    assert "1 epochs of first" in card
 
 
 def test_another_method_is_another_run(tmp_path, capsys):
@@ -88,9 +95,12 @@ def test_the_command_of_the_card_has_every_option_that_decides_the_model(tmp_pat
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-def test_without_a_val_split_the_card_says_so(tmp_path, rendered, monkeypatch):
-    nothing = MemoryClips(rendered["val"].patches_SFNP[:0], rendered["val"].labels_S[:0])
-    monkeypatch.setattr(jobs.train, "motions", lambda split, *_: rendered["train"] if split == "train" else nothing)
+def test_without_held_out_clips_nothing_is_measured(tmp_path, rendered, monkeypatch):
+    nothing = MemoryClips(rendered["val"].frames_STHWC[:0], rendered["val"].labels_S[:0])
+    monkeypatch.setattr(
+        jobs.training_data, "motions", lambda split, *_: rendered["train"] if split == "train" else nothing
+    )
     arguments = ["--recipe", "tiny", "--data", "motions", "--output", str(tmp_path), "--epochs", "1"]
     assert jobs.train.main(arguments) == 0
-    assert "no val split" in (tmp_path / "model" / "README.md").read_text()
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| val |" not in card and "| test |" not in card and not (tmp_path / "curve.json").exists()

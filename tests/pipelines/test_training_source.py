@@ -12,10 +12,11 @@ import pytest
 import pipelines.fill_cache
 import pipelines.manifest
 import pipelines.training_stream
+from mone.clips import ClipSource
 from mone.order import EpochOrder
 from pipelines.archive import Video
 from pipelines.clip_cache import CachedClips, ClipCache
-from pipelines.clip_source import BATCHES_AHEAD, ClipSource, clip_bytes, read_ahead
+from pipelines.clip_source import BATCHES_AHEAD, clip_bytes, read_ahead
 from pipelines.fill_cache import cached_rows, fill
 from pipelines.schema import MANIFEST
 from pipelines.training_stream import StreamedClips, training_manifest

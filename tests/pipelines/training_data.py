@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from mone.clips import Batch
 from pipelines.archive import Video
-from pipelines.clip_source import Batch
 from pipelines.decode import Clip
 from pipelines.manifest import decode_planned, plan_video
 from pipelines.schema import MANIFEST, PlannedClip
