@@ -71,9 +71,7 @@ def work(rank, folder):
     """One of two processes: every case under both strategies, and some continued from where one process stopped."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo", f"file://{folder}/meet", timeout=timedelta(seconds=30), rank=rank, world_size=2
-    )
+    dist.init_process_group("gloo", f"file://{folder}/meet", timeout=timedelta(seconds=30), rank=rank, world_size=2)
     found = {}
     for strategy in ("ddp", "fsdp"):
         parallel = Parallel(CPU, rank, 2, strategy)
@@ -128,8 +126,7 @@ def test_two_processes_train_as_one(strategy, name, alone, together):
     assert_same_run(together[0][strategy, name], alone[name], name)
     first, second = (rank[strategy, name] for rank in together)
     assert first["metrics"] == [
-        theirs._replace(flops=ours.flops)
-        for ours, theirs in zip(first["metrics"], second["metrics"], strict=True)
+        theirs._replace(flops=ours.flops) for ours, theirs in zip(first["metrics"], second["metrics"], strict=True)
     ]
     assert first["score"] == second["score"]
 
