@@ -14,10 +14,11 @@ import tyro
 from jobs.benchmarks.model import ModelSpeed
 from jobs.benchmarks.precision import Precision
 from jobs.benchmarks.report import Benchmark, environment
+from jobs.benchmarks.train import TrainSpeed
 from jobs.cli import run
 
 # NAME: its options. Nothing else is needed to add one.
-BENCHMARKS: dict[str, Any] = {"model": ModelSpeed, "precision": Precision}
+BENCHMARKS: dict[str, Any] = {"model": ModelSpeed, "train": TrainSpeed, "precision": Precision}
 
 
 def benchmark(config: Benchmark) -> None:
