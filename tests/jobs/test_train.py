@@ -98,7 +98,8 @@ def data(tmp_path, archive) -> Path:
     folder = archive.parent
     splits = ["train"] * 6 + ["val", "test"]
     rows = [
-        (str(folder / f"{label}.mp4"), label, split) for label, split in zip(MOTIONS[: len(splits)], splits, strict=True)
+        (str(folder / f"{label}.mp4"), label, split)
+        for label, split in zip(MOTIONS[: len(splits)], splits, strict=True)
     ]
     return write_labels(tmp_path / "data.csv", [*rows, (str(folder / "damaged.mp4"), "left", "train")])
 
@@ -199,7 +200,9 @@ def test_every_epoch_has_one_line_of_metrics_wherever_it_is_stopped(data, tmp_pa
 @pytest.mark.usefixtures("threads")
 def test_stopped_while_it_is_measured_it_only_measures_again(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines.train_loop, "save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            pipelines.train_loop, "save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         assert train("--data", data, "--output", tmp_path / "run") == 130
     monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("it trained again"))
     assert train("--data", data, "--output", tmp_path / "run") == 0
