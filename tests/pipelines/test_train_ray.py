@@ -187,7 +187,7 @@ def test_every_way_to_run_gives_the_same_model(alone, tmp_path, options):
 def test_workers_that_fail_again_and_again_are_given_up(tmp_path):
     from pipelines.train_ray import WorkersFailedError
 
-    with pytest.raises(WorkersFailedError, match="worker 0 failed: .*no clips today"):
+    with pytest.raises(WorkersFailedError, match=r"worker 0 failed: .*no clips today"):
         fit_here(job(tmp_path / "run"), no_sources, 1, max_failures=1)
 
 
