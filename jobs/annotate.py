@@ -14,6 +14,7 @@ from typing import Any
 from jobs.cli import JobFailed, UserError, checking_input, run
 from jobs.cluster import connected
 from jobs.inputs import BUNDLED_MODEL, Archive, TokenArguments, load_model, make_output
+from jobs.plan_record import check_plan, write_plan
 from jobs.progress import clips_progress
 from jobs.run_record import read_run, timestamp, totals_record, versions, write_run
 from mone.baselines import capacities_of
@@ -59,6 +60,8 @@ def annotate(config: Annotate) -> None:
     clip_plan = config.plan(checkpoint.config.span_s)
     output = Path(config.output).resolve()
     planned = (output / MANIFEST_DIR).exists()
+    if planned:
+        check_plan(output, config.archive, clip_plan)
     with checking_input():
         videos = [] if planned else list(list_videos(config.archive))
     record = _open_record(make_output(config.output), config, checkpoint)
@@ -67,6 +70,7 @@ def annotate(config: Annotate) -> None:
     try:
         with connected(config.address):
             if not planned:
+                write_plan(output, config.archive, clip_plan)
                 print(f"plan      {len(videos):,} videos", file=sys.stderr)
                 write_manifest(videos, clip_plan, output)
             with clips_progress(output / ANNOTATIONS_DIR, count_rows(output / MANIFEST_DIR)):

@@ -11,6 +11,7 @@ from jobs.cli import UserError, checking_input, run
 from jobs.cluster import connected
 from jobs.estimate import estimate
 from jobs.inputs import BUNDLED_MODEL, Archive, ClipOptions, load_model, make_output
+from jobs.plan_record import write_plan
 from mone.capacity import check_capacity
 from pipelines.annotate import MANIFEST_DIR, write_manifest
 from pipelines.archive import list_videos
@@ -45,6 +46,7 @@ def plan(config: Plan) -> None:
     output = make_output(config.output)
     if (output / MANIFEST_DIR).exists():
         raise UserError(f"{output / MANIFEST_DIR} exists; choose another --output, or remove it to plan again")
+    write_plan(output, config.archive, clip_plan)
     with connected(config.address):
         write_manifest(videos, clip_plan, output)
     print(estimate(output / MANIFEST_DIR, checkpoint, config.capacity))

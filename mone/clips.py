@@ -17,7 +17,7 @@ class Batch(NamedTuple):
     Attributes:
         frames_BTHWC: uint8.
         labels_B: int64 classes.
-        samples_B: int64 places in the data set, which key everything random about a clip.
+        samples_B: int64 places in the data set, on the CPU; they key everything random about a clip.
     """
 
     frames_BTHWC: Tensor
@@ -25,8 +25,9 @@ class Batch(NamedTuple):
     samples_B: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device; from pinned memory without waiting for it."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        """Frames and labels on a device, from pinned memory without waiting for it; sample numbers key draws here."""
+        frames_BTHWC, labels_B = (tensor.to(device, non_blocking=True) for tensor in self[:2])
+        return Batch(frames_BTHWC, labels_B, self.samples_B)
 
 
 class ClipSource(Protocol):

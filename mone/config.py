@@ -34,6 +34,10 @@ class ModelConfig:
             takes the full expert, since it is one token and all others report to it.
         router: "learned" is the paper's; "motion" adds a prior from frame differences to it; "random" gives every token
             a pseudo-random preference, the baseline that a learned router has to beat.
+        ranking: By what expert j chooses among the free tokens. "probability": r_j, as in the paper (algorithm 1).
+            "cumulative", beyond it: the probability of expert j or a larger one. A token that the full expert wants
+            most has little probability left for the second; where the full expert is full, or has no tokens at all (at
+            a low capacity), r_j sends it past the second and third to the smallest.
         budget: Over what a capacity holds. "frame": every frame has the same counts (MoNE section 4.2). "clip", beyond
             the paper: the frames of a clip share one budget, so that a still frame gives its share to a busy one.
         allocation: How a capacity becomes tokens per expert. "mone" is the paper's; the others are baselines, see
@@ -65,6 +69,7 @@ class ModelConfig:
     num_experts: int = 4
     pooling: Literal["cls", "mean"] = "cls"
     router: Literal["learned", "motion", "random"] = "learned"
+    ranking: Literal["probability", "cumulative"] = "probability"
     budget: Literal["frame", "clip"] = "frame"
     allocation: Allocation = "mone"
     activation: Literal["gelu", "gelu_tanh"] = "gelu"

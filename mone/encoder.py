@@ -53,7 +53,8 @@ class NestedEncoder(nn.Module):
         per_frame = config.budget_per_frame(None if kept_BK is None else kept_BK.shape[1])
         num_budgets = config.num_indices if per_frame else 1
         x_SND, patches_SNP = (t.unflatten(1, (num_budgets, -1)).flatten(0, 1) for t in (x_BKD, patches_BKP))
-        plan = expert_preferred_routing(self.router(x_SND, patches_SNP), counts)
+        cumulative = config.ranking == "cumulative"
+        plan = expert_preferred_routing(self.router(x_SND, patches_SNP), counts, cumulative=cumulative)
 
         # Sequences are frames where these have a budget and attend alone, else clips.
         order_SN, num_class_tokens, neighbours = plan.order_BN, config.num_class_tokens, None

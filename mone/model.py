@@ -13,7 +13,7 @@ from mone.blocks import last_kept
 from mone.config import ModelConfig
 from mone.encoder import FrameAverage, NestedEncoder, TemporalEncoder
 from mone.merging import MergingEncoder
-from mone.routing import RoutingPlan
+from mone.routing import MotionRouter, RoutingPlan
 
 
 class Prediction(NamedTuple):
@@ -127,6 +127,7 @@ def initialise(model: ViViT) -> None:
     | position embeddings | normal, std 0.5: at 0.02 small models are blind to place (patches are of order 1) |
     | class tokens | normal, std 0.02 |
     | head | 0: the first loss is log(classes) |
+    | linear part of a motion router | 0: the prior ranks without noise until there is something to learn |
     | alpha | 0 (MoNE section 3.1) |
     """
     for module in model.modules():
@@ -139,3 +140,5 @@ def initialise(model: ViViT) -> None:
         if "class_token" in name:
             nn.init.normal_(parameter, std=0.02)
     nn.init.zeros_(model.head.weight)
+    if isinstance(model.encoder.router, MotionRouter):
+        nn.init.zeros_(model.encoder.router.weight)

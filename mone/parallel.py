@@ -37,10 +37,14 @@ class Parallel:
         """The module to call in training; the model's own parameters are what the optimiser sees."""
         model.to(self.device)
         if self.strategy == "fsdp":
+            for parameter in model.parameters():
+                # FSDP2 cannot add up gradients of no elements: class tokens where the mean is pooled.
+                parameter.requires_grad_(parameter.numel() > 0)
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, cast_forward_inputs=False)
             for block in [*model.encoder.blocks, *getattr(model.temporal, "blocks", [])]:
                 fully_shard(block, mp_policy=policy)
-            fully_shard(model)
+            # Evaluation has no backward pass, after which the root's weights would be shares again.
+            fully_shard(model, reshard_after_forward=True)
             return model
         if self.world == 1:
             return model

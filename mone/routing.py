@@ -98,7 +98,9 @@ class RandomRouter(nn.Module):
         return noise.float().softmax(dim=-1)
 
 
-def expert_preferred_routing(probabilities_BNE: Tensor, counts: tuple[int, ...]) -> RoutingPlan:
+def expert_preferred_routing(
+    probabilities_BNE: Tensor, counts: tuple[int, ...], *, cumulative: bool = False
+) -> RoutingPlan:
     """Give each expert its favourite tokens, the largest expert first (MoNE algorithm 1).
 
     From the largest expert to the second smallest, expert j takes the counts[j] tokens of highest probability among
@@ -109,6 +111,8 @@ def expert_preferred_routing(probabilities_BNE: Tensor, counts: tuple[int, ...])
         probabilities_BNE: Router probabilities [B, N, E], experts from smallest to largest.
         counts: Tokens of each expert; they sum to N, or to less where tokens are to be left out (the baseline of
             random token drop).
+        cumulative: Rank by the probability of the expert or a larger one, in place of the expert's own (beyond the
+            paper; see `ModelConfig.ranking`).
 
     Returns:
         The plan. `weight_BN` keeps the gradient to the router; the decisions have none.
@@ -118,7 +122,8 @@ def expert_preferred_routing(probabilities_BNE: Tensor, counts: tuple[int, ...])
     free_BN = torch.ones_like(probabilities_BNE[..., 0], dtype=torch.bool)
     chosen: list[Tensor] = []
     for expert in reversed(range(1, num_experts)):
-        preference_BN = probabilities_BNE[..., expert].detach().masked_fill(~free_BN, -torch.inf)
+        wanted_BN = probabilities_BNE[..., expert:].sum(dim=-1) if cumulative else probabilities_BNE[..., expert]
+        preference_BN = wanted_BN.detach().masked_fill(~free_BN, -torch.inf)
         top_BK = preference_BN.argsort(dim=-1, descending=True, stable=True)[..., : counts[expert]]
         free_BN = free_BN.scatter(-1, top_BK, False)
         chosen.append(top_BK)

@@ -7,6 +7,7 @@ Shapes: B clips, T frames, H x W pixels, C = 3 channels or C classes.
 """
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ from mone.tubelets import to_patches
 # Whole tensors on the CPU of rank 0, whatever the sharding: a checkpoint fits any number of workers.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _LOADED = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
+# ToMe never trains the router and alpha, which have no moments then.
+_LOADED_MOMENTS = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False, strict=False)
 
 
 class Place(NamedTuple):
@@ -296,22 +299,29 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """All that `load` needs to continue, as tensors and numbers. All workers must call it together."""
         with self.averaged():
-            average = get_model_state_dict(self.model, options=_WHOLE)
+            average = self._kept(get_model_state_dict(self.model, options=_WHOLE))
+        moments = get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE) if self.optimizer.state else {}
         return {
-            "model": get_model_state_dict(self.model, options=_WHOLE),
+            "model": self._kept(get_model_state_dict(self.model, options=_WHOLE)),
             "average": average,
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE),
+            "optimizer": self._kept(moments),  # before the first step torch would take one to have something to show
             "place": list(self.place),
             "trained_flops": self.trained_flops,
             "first_loss": self._first_loss,
         }
+
+    def _kept(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state of this moment; on the CPU torch gives the very tensors that training goes on to change."""
+        return copy.deepcopy(state) if self.parallel.device.type == "cpu" else state
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue where `state` was called, on any number of workers."""
         set_model_state_dict(self.model, state["average"], options=_LOADED)
         self.average = [parameter.detach().clone() for parameter in self.model.parameters()]
         set_model_state_dict(self.model, state["model"], options=_LOADED)
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_LOADED)
+        self.optimizer.state.clear()
+        if state["optimizer"]:
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_LOADED_MOMENTS)
         self.place, self.trained_flops = Place(*state["place"]), state["trained_flops"]
         self._first_loss = state["first_loss"]
 

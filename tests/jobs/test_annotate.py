@@ -142,8 +142,8 @@ def test_the_audit_names_each_row_that_is_not_right(finished, capsys, damage):
     [
         (["--capacity", "0.6"], "capacity"),
         (["--top-k", "2"], "top_k"),
-        (["--span", "0.5"], "clips"),
-        (["--clips-per-video", "1"], "clips"),
+        (["--span", "0.5"], "span_s"),
+        (["--clips-per-video", "1"], "clips_per_video"),
     ],
 )
 def test_another_way_of_annotating_needs_another_folder(

@@ -49,7 +49,6 @@ def test_planning_again_is_refused_and_changes_nothing(tmp_path, archive, model_
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.parquet")} == before
 
 
-@pytest.mark.xfail(strict=True, reason="annotate takes a plan over without asking what archive and clips it is of")
 @pytest.mark.parametrize("options", [["--span", "0.5"], ["another archive"]], ids=str)
 def test_annotating_does_not_take_over_a_plan_of_something_else(
     tmp_path, archive, model_folder, capsys, monkeypatch, options

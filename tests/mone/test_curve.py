@@ -8,11 +8,12 @@ import torch.nn.functional as F
 
 from mone.baselines import METHODS, capacities_of, with_method
 from mone.checkpoint import read_checkpoint, save_checkpoint
+from mone.clips import MemoryClips
 from mone.compute import clip_compute
 from mone.curve import CurvePoint, measure, routing_focus
 from mone.model import ViViT
 from mone.static import kept_patches
-from mone.training import MemoryClips
+from mone.tubelets import to_frames, to_patches
 from tests.mone.conftest import small_config, small_model, some_patches
 
 CONFIG = small_config(num_frames=8)  # 4 indices of 12 tokens
@@ -32,7 +33,12 @@ def some_clips(num_clips=7, config=CONFIG, still_share=0.0):
         for index in range(1, config.num_indices):
             same = still[clip, index] < still_share * clip / num_clips
             patches[clip, index, same] = patches[clip, index - 1, same]
-    return MemoryClips(patches, torch.arange(num_clips) % config.num_classes)
+    return MemoryClips(to_frames(patches, config), torch.arange(num_clips) % config.num_classes)
+
+
+def patches_of(clips):
+    """uint8 [S, F, N, P]."""
+    return to_patches(clips.frames_STHWC, CONFIG)
 
 
 def run_alone(model, method, capacity, patches_FNP, drop_static=None):
@@ -54,7 +60,7 @@ def slow_points(model, clips, methods, drop_static=None):
     for method in methods:
         for capacity in capacities_of(method, model.config, CAPACITIES):
             right, nll, flops = 0, 0.0, 0
-            for patches_FNP, label in zip(clips.patches_SFNP, clips.labels_S, strict=True):
+            for patches_FNP, label in zip(patches_of(clips), clips.labels_S, strict=True):
                 logits_C, cost = run_alone(model, method, capacity, patches_FNP, drop_static)
                 right += int(logits_C.argmax() == label)
                 nll += float(F.cross_entropy(logits_C, label))
@@ -89,7 +95,7 @@ def test_points_of_dropped_clips_are_those_of_a_loop(batch_size):
     points = measure(model, clips, methods, CAPACITIES, batch_size=batch_size, drop_static=0)
     assert points == slow_points(model, clips, methods, drop_static=0)
     assert points[0].flops_per_clip < points[0].dense_flops_per_clip
-    sizes = [len(kept_patches(patches.numpy(), 0)) for patches in clips.patches_SFNP]
+    sizes = [len(kept_patches(patches.numpy(), 0)) for patches in patches_of(clips)]
     assert 2 < len(set(sizes)) < len(sizes)
 
 
@@ -159,7 +165,7 @@ def test_focus_is_that_of_a_loop(changes, capacity):
     model, clips = small_model(config, dtype=torch.float32), some_clips(5, config)
     moving_SFN = torch.rand(5, 4, 12, generator=torch.Generator().manual_seed(2)) < 0.3
     taken, moving, both, largest = 0, 0, 0, -1
-    experts = [model(patches[None], capacity).plan.expert_BN.flatten().tolist() for patches in clips.patches_SFNP]
+    experts = [model(patches[None], capacity).plan.expert_BN.flatten().tolist() for patches in patches_of(clips)]
     largest = max(max(expert_K) for expert_K in experts)
     for expert_K, mask_K in zip(experts, moving_SFN.flatten(1).tolist(), strict=True):
         for expert, moves in zip(expert_K, mask_K, strict=True):
@@ -190,8 +196,9 @@ def test_the_random_router_is_at_chance_and_the_motion_router_is_above():
     clips = some_clips(40)
     moving_SFN = torch.zeros(40, 4, 12, dtype=torch.bool)
     moving_SFN[..., :6] = True
-    frames = clips.patches_SFNP.unflatten(-1, (2, -1))
+    frames = patches_of(clips).unflatten(-1, (2, -1))
     frames[:, :, 6:, 1] = frames[:, :, 6:, 0]  # the other halves repeat their first frame
+    clips = MemoryClips(to_frames(frames.flatten(-2), CONFIG), clips.labels_S)
     focus = {}
     for router in ("random", "motion"):
         torch.manual_seed(0)

@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, VideoMAEImageProcessor, VivitForVideoClassification, VivitImageProcessor
 
 from mone.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
+from mone.clips import MemoryClips
 from mone.interop import convert, export_vivit, family_of
-from mone.training import MemoryClips, Stage, TrainConfig, Trainer
+from mone.parallel import Parallel
+from mone.stages import Stage, TrainConfig
+from mone.training import Trainer
 from mone.tubelets import to_patches
 from tests.mone.conftest import small_config, small_model
 from tests.public_checkpoints import LABELS, timm_vit, videomae, vit, vivit
@@ -174,7 +177,8 @@ def test_converted_model_is_saved_routed_and_trained_with_nesting(make, experts,
     conversion = convert(tmp_path / "theirs", num_experts=experts)
     model = read_checkpoint(save_checkpoint(conversion.model, conversion.labels, tmp_path / "ours")).build()
     config = model.config
-    patches = to_patches(some_clips(config), config)
+    clips = some_clips(config)
+    patches = to_patches(clips, config)
     with torch.inference_mode():
         full = model(patches, 1.0).logits_BC
         logits, plan = model(patches, 0.6)
@@ -184,9 +188,9 @@ def test_converted_model_is_saved_routed_and_trained_with_nesting(make, experts,
     assert len(plan.counts) == experts and sum(count > 0 for count in plan.counts) > 1
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     stage = Stage(name="nested", epochs=1, routing="nested", learning_rate=1e-4)
-    trainer = Trainer(model, TrainConfig(stages=(stage,), batch_size=2))
-    (report,) = trainer.run(MemoryClips(patches, torch.tensor([0, 1])))
-    assert 0 < report.loss < 100
+    trainer = Trainer(model, TrainConfig(stages=(stage,), batch_size=2), 2, Parallel(torch.device("cpu")))
+    assert len([*trainer.run(MemoryClips(clips, torch.tensor([0, 1])))]) == 1
+    assert 0 < trainer.metrics().loss < 100
     assert not torch.equal(model.state_dict()["head.weight"], before["head.weight"])
 
 

@@ -163,3 +163,22 @@ def test_the_motion_prior_learns():
     router = MotionRouter(8, 3, tubelet_frames=2)
     router(torch.randn(1, 9, 8), moving_patches([2]))[..., 2].square().sum().backward()
     assert router.prior_E.grad is not None and router.prior_E.grad.abs().sum() > 0
+
+
+def test_cumulative_ranking_keeps_what_the_full_expert_wants_most_from_the_smallest():
+    # Tokens 0 and 1 want the full expert most, then each the next; there is no room on the full expert.
+    probabilities = torch.tensor([[[0.05, 0.15, 0.8], [0.1, 0.3, 0.6], [0.3, 0.5, 0.2], [0.8, 0.15, 0.05]]])
+    assert expert_preferred_routing(probabilities, (2, 2, 0)).expert_BN.tolist() == [[0, 1, 1, 0]]
+    assert expert_preferred_routing(probabilities, (2, 2, 0), cumulative=True).expert_BN.tolist() == [[1, 1, 0, 0]]
+
+
+@given(routings())
+def test_cumulative_ranking_is_algorithm_1_on_sums(case):
+    probabilities, counts = case
+    plan = expert_preferred_routing(probabilities, counts, cumulative=True)
+    for expert in range(1, len(counts)):
+        wanted_BN = probabilities[..., expert:].sum(-1)
+        for wanted_N, expert_N in zip(wanted_BN, plan.expert_BN, strict=True):
+            smaller, mine = wanted_N[expert_N < expert], wanted_N[expert_N == expert]
+            assert not len(smaller) or not len(mine) or mine.min() >= smaller.max()
+    assert torch.equal(plan.weight_BN, probabilities.gather(-1, plan.expert_BN.unsqueeze(-1)).squeeze(-1))

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from mone.tubelets import to_patches
-from pipelines.synthetic import render, split_seeds
+from pipelines.synthetic import MOTIONS, render, split_seeds
 from pipelines.synthetic_stream import motions, motions_moving, moving_patches
+from pipelines.view import View
 from tests.conftest import TINY
 
 
@@ -43,11 +43,13 @@ def test_the_threshold_is_5_percent(count, moves):
 
 
 def test_masks_have_the_order_of_the_clips():
-    clips, moving_SFN = motions("val", 5, TINY, num_workers=1), motions_moving("val", 5, TINY, num_workers=1)
-    assert moving_SFN.shape == clips.patches_SFNP.shape[:3]
+    view = View(num_frames=8, height_px=64, width_px=64)
+    clips, moving_SFN = motions("val", 5, view, num_workers=1), motions_moving("val", 5, TINY, num_workers=1)
+    assert moving_SFN.shape == (5, TINY.num_indices, TINY.num_tokens)
     for row, seed in enumerate(split_seeds("val", 5)):
         clip = render(seed, num_frames=8, size_px=64)
-        np.testing.assert_array_equal(clips.patches_SFNP[row], to_patches(clip.frames, TINY))
+        np.testing.assert_array_equal(clips.frames_STHWC[row], clip.frames)
+        assert int(clips.labels_S[row]) == seed % len(MOTIONS)
         np.testing.assert_array_equal(moving_SFN[row], moving_patches(clip.moving, TINY))
 
 
