@@ -199,6 +199,7 @@ class Trainer:
         try:
             yield self.model
         finally:
+            self.parallel.rest(self.module)
             self._put(kept)
 
     @torch.no_grad()

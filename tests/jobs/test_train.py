@@ -199,10 +199,11 @@ def test_every_epoch_has_one_line_of_metrics_wherever_it_is_stopped(data, tmp_pa
 
 @pytest.mark.usefixtures("threads")
 def test_stopped_while_it_is_measured_it_only_measures_again(data, tmp_path, monkeypatch):
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            pipelines.train_loop, "save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
+        patch.setattr(pipelines.train_loop, "save_checkpoint", stop)
         assert train("--data", data, "--output", tmp_path / "run") == 130
     monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("it trained again"))
     assert train("--data", data, "--output", tmp_path / "run") == 0
