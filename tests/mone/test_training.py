@@ -39,7 +39,9 @@ def run_epochs(trainer, clips):
 def trained(state):
     """Without moments that are zero because nothing is ever learned there, as ToMe does with the router."""
     moments = state["optimizer"]["state"]
-    kept = {name: own for name, own in moments.items() if any(value.any() for key, value in own.items() if key != "step")}
+    kept = {
+        name: own for name, own in moments.items() if any(value.any() for key, value in own.items() if key != "step")
+    }
     return state | {"optimizer": state["optimizer"] | {"state": kept}}
 
 
