@@ -41,7 +41,9 @@ class Parallel:
                 # FSDP2 cannot add up gradients of no elements: class tokens where the mean is pooled.
                 parameter.requires_grad_(parameter.numel() > 0)
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, cast_forward_inputs=False)
-            for block in [*model.encoder.blocks, *getattr(model.temporal, "blocks", [])]:
+            # ToMe takes blocks apart, and only a block that is called gathers its weights: the root does so for them.
+            whole = [] if model.config.allocation == "tome" else model.encoder.blocks
+            for block in [*whole, *getattr(model.temporal, "blocks", [])]:
                 fully_shard(block, mp_policy=policy)
             # Evaluation has no backward pass, after which the root's weights would be shares again.
             fully_shard(model, reshard_after_forward=True)

@@ -156,7 +156,7 @@ class Trainer:
         self.optimizer.step()
         self.model.encoder.project_alphas()
         self._update_average(step)
-        self._count(batch, counts)
+        self._count(counts)
 
     def _prepared(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Augmented frames, and what is to be answered: float32 [B, C]."""
@@ -267,7 +267,7 @@ class Trainer:
             clips=round(clips),
             clips_per_s=clips / elapsed_s,
             data_wait_share=self._waited_s / elapsed_s,
-            flops=float(self._flops) * self.parallel.world,
+            flops=float(self._flops),
             tokens_per_expert=tuple(tokens / routed for tokens in self._tokens),
         )
         self._start_interval()
@@ -279,13 +279,14 @@ class Trainer:
         self._tokens = [0] * self.model.config.num_experts
         self._rate, self._grad_norm, self._stage_name = 0.0, torch.zeros(()), ""
 
-    def _count(self, batch: Batch, counts: tuple[int, ...]) -> None:
-        """Add a step's work, of all workers as of this one, to the totals."""
-        flops = training_flops(self.model.config, counts) * len(batch.labels_B)
+    def _count(self, counts: tuple[int, ...]) -> None:
+        """Add a step's work, of all workers as planned, to the totals; what could not be read is counted too."""
+        num_clips = min(self.config.batch_size, self.num_samples - self.place.samples)
+        flops = training_flops(self.model.config, counts) * num_clips
         self._flops += flops
-        self.trained_flops += flops * self.parallel.world
+        self.trained_flops += flops
         for expert, count in enumerate(counts):
-            self._tokens[expert] += count * len(batch.labels_B)
+            self._tokens[expert] += count * num_clips
 
     def _stage_and_epoch(self) -> tuple[Stage, int]:
         """The current stage and how many of its epochs are done."""
