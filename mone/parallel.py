@@ -67,11 +67,6 @@ class Parallel:
             dist.all_gather_object(values, value)
         return values
 
-    def rest(self, module: nn.Module) -> None:
-        """After a forward pass without a backward one, which would leave FSDP's outermost weights gathered."""
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
     @contextlib.contextmanager
     def accumulating(self, module: nn.Module, more: bool) -> Iterator[None]:
         """Gradients of this backward pass stay here where more are to come."""

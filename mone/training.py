@@ -199,7 +199,6 @@ class Trainer:
         try:
             yield self.model
         finally:
-            self.parallel.rest(self.module)
             self._put(kept)
 
     @torch.no_grad()
