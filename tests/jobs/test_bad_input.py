@@ -166,7 +166,7 @@ def test_an_unknown_option(refused, archive, model_folder, out, job):
         ("render", "--output"),
         ("report", "DIR"),
         ("audit", "DIR"),
-        ("benchmark", "model, precision"),
+        ("benchmark", "model, train, precision"),
     ],
 )
 def test_nothing_at_all(refused, job, named):

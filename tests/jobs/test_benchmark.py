@@ -11,7 +11,7 @@ import torch
 import jobs.benchmark
 from mone.baselines import METHODS, capacities_of, sharing_weights, with_method
 from mone.checkpoint import save_checkpoint
-from mone.compute import clip_compute
+from mone.compute import clip_compute, training_flops
 from mone.config import ModelConfig, preset
 from mone.model import ViViT
 from pipelines.synthetic import MOTIONS
@@ -212,3 +212,32 @@ def test_a_gpu_that_is_not_there(refused, name):
 
 def test_an_unknown_benchmark(refused):
     refused("astrology", names="astrology")
+
+
+def test_training_steps_are_timed_for_each_method(capsys):
+    options = (
+        "--preset",
+        "tiny",
+        "--frames",
+        "4",
+        "--size",
+        "32",
+        "--batch-size",
+        "2",
+        "--repeats",
+        "1",
+        "--steps",
+        "1",
+    )
+    methods = ("--methods", "mone", "token_drop", "--capacity", "0.4")
+    assert jobs.benchmark.main(["train", *options, *methods, "--device", "cpu"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(row["method"], row["capacity"]) for row in record["rows"]] == [
+        ("dense", 1.0),
+        ("mone", 0.4),
+        ("token_drop", 0.4),
+    ]
+    config = preset("tiny", num_classes=400, num_frames=4, height_px=32, width_px=32)
+    flops = training_flops(config, config.token_counts(0.4)) * 2
+    assert record["rows"][1]["training_flops_per_step"] == flops
+    assert record["rows"][0]["times_faster"] == 1.0 and record["rows"][0]["mfu"] is None

@@ -44,7 +44,7 @@ def same_decisions(plan):
     """Routing that takes the decisions of a plan, and weights from its own probabilities."""
     order, expert = plan.order_BN.reshape(-1, plan.order_BN.shape[-1]), plan.expert_BN.flatten(0, -2)
 
-    def route(probabilities_BNE, counts):
+    def route(probabilities_BNE, counts, **_):
         return RoutingPlan(order, expert, probabilities_BNE.gather(-1, expert.unsqueeze(-1)).squeeze(-1), counts)
 
     return route
