@@ -1,7 +1,9 @@
 """The trainer: one optimiser step after another, on one worker or many, resumable after any of them.
 
 All that is random comes from (seed, epoch, sample) or (seed, step), and a step's loss is averaged over the clips of all
-workers, so a run is the same however many workers it has, and however often it is stopped and continued.
+workers, so a run is the same however many workers it has, and however often it is stopped and continued. (But for what
+one worker draws for its clips together: dropout, stochastic depth, random routers; and for mixup where a clip of a pair
+cannot be read.)
 
 Shapes: B clips, T frames, H x W pixels, C = 3 channels or C classes.
 """
@@ -92,7 +94,7 @@ class Trainer:
         self.order, self.num_samples = EpochOrder(num_samples, config.seed), num_samples
         self.place = Place(0, 0, 0)
         self.trained_flops = 0
-        self._first_loss = math.inf
+        self._lowest_loss = math.inf
         self._start_interval()
 
     @property
@@ -240,7 +242,7 @@ class Trainer:
         """What happened since the last call; waits for the device. All workers must call it together.
 
         Raises:
-            DivergedError: The loss or a weight is not finite, or three times what it was at first.
+            DivergedError: The loss or a weight is not finite, or the loss is three times its lowest.
         """
         elapsed_s = time.perf_counter() - self._started_s
         loss, right, clips = self.parallel.sum(self._sums.double()).tolist()
@@ -250,9 +252,9 @@ class Trainer:
         weights_norm = _whole(nn.utils.get_total_norm(self.model.parameters()))
         if not math.isfinite(loss) or not math.isfinite(weights_norm):
             raise DivergedError(f"the loss or the weights are not finite at step {step}; lower the learning rate")
-        self._first_loss = min(self._first_loss, loss) if math.isfinite(self._first_loss) else loss
-        if loss > 3 * max(self._first_loss, math.log(self.model.config.num_classes)):
-            raise DivergedError(f"the loss has grown from {self._first_loss:.3g} to {loss:.3g} at step {step}")
+        self._lowest_loss = min(self._lowest_loss, loss)
+        if loss > 3 * max(self._lowest_loss, math.log(self.model.config.num_classes)):
+            raise DivergedError(f"the loss has grown from {self._lowest_loss:.3g} to {loss:.3g} at step {step}")
         routed = max(1, sum(self._tokens))
         report = Metrics(
             stage=self._stage_name,
@@ -307,7 +309,7 @@ class Trainer:
             "optimizer": self._kept(moments),  # before the first step torch would take one to have something to show
             "place": list(self.place),
             "trained_flops": self.trained_flops,
-            "first_loss": self._first_loss,
+            "lowest_loss": self._lowest_loss,
         }
 
     def _kept(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -323,7 +325,7 @@ class Trainer:
         if state["optimizer"]:
             set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_LOADED_MOMENTS)
         self.place, self.trained_flops = Place(*state["place"]), state["trained_flops"]
-        self._first_loss = state["first_loss"]
+        self._lowest_loss = state["lowest_loss"]
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:

@@ -102,7 +102,7 @@ def test_taking_a_state_changes_nothing():
         for _ in watched.run(clips):
             watched.state()
             watched.evaluate(clips, 0.4)
-    assert_same_state(watched.state(), plain.state() | {"first_loss": watched.state()["first_loss"]})
+    assert_same_state(watched.state(), plain.state() | {"lowest_loss": watched.state()["lowest_loss"]})
 
 
 def test_a_finished_run_is_done():

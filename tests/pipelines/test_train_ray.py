@@ -35,7 +35,7 @@ pytestmark = pytest.mark.ray
 
 LABELS = ("left", "right")
 NUM_SAMPLES, BATCH, STEPS = 70, 4, 18  # an odd last batch
-# Sums of floats in another order, through 36 steps of AdamW: measured 2e-6 in the loss. The model is saved in bfloat16.
+# Sums of floats in another order, through 36 steps of AdamW. The model is saved in bfloat16.
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-4, 1e-2
 
 
