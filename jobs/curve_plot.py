@@ -9,9 +9,9 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jobs.curve_record import write_whole
 from jobs.curve_rows import Row
 from mone.baselines import METHODS
+from mone.checkpoint import write_whole
 
 # Text as outlines and no date: the same rows give the same file.
 _STYLE: dict[Any, Any] = {

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mone.baselines import METHODS
+from mone.checkpoint import write_whole
 from mone.curve import CurvePoint
 
 RECORD_FILE, COLLECTION_FILE, VERSION = "curve.json", "curves.json", 1
@@ -116,14 +117,6 @@ def read_records(path: Path) -> list[CurveRecord]:
         return [from_json(run) for run in values["runs"]]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def write_whole(path: Path, content: bytes) -> Path:
-    """Write a file that appears whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
-    return path
 
 
 def _text(value: Any) -> bool:

@@ -13,9 +13,10 @@ import tyro
 
 from jobs.cli import checking_input, run
 from jobs.curve_plot import draw_curves
-from jobs.curve_record import COLLECTION_FILE, CurveRecord, read_records, write_collection, write_record, write_whole
+from jobs.curve_record import COLLECTION_FILE, CurveRecord, read_records, write_collection, write_record
 from jobs.curve_rows import markdown, rows_of, sorted_records
 from jobs.inputs import make_output
+from mone.checkpoint import write_whole
 
 Runs = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 

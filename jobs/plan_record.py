@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cli import UserError
+from mone.checkpoint import write_whole
 from pipelines.timeline import ClipPlan
 
 PLAN_FILE = "plan.json"
@@ -13,7 +14,7 @@ PLAN_FILE = "plan.json"
 
 def write_plan(output: Path, archive: str, plan: ClipPlan) -> None:
     """Say what DIR/manifest is going to be; before it is written, so that there is no manifest without it."""
-    (output / PLAN_FILE).write_text(json.dumps(_identity(archive, plan), indent=1) + "\n")
+    write_whole(output / PLAN_FILE, (json.dumps(_identity(archive, plan), indent=1) + "\n").encode())
 
 
 def check_plan(output: Path, archive: str, plan: ClipPlan) -> None:

@@ -19,7 +19,7 @@ from jobs.cli import UserError, checking_input, run
 from jobs.inputs import Folder
 from jobs.run_record import read_run
 from mone.capacity import expert_shares
-from mone.checkpoint import CheckpointError, read_checkpoint
+from mone.checkpoint import CheckpointError, read_checkpoint, write_whole
 from pipelines.annotate import MANIFEST_DIR
 from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.ledger import audit, read_columns, totals
@@ -69,10 +69,7 @@ def report(config: Report) -> None:
         missing_pictures=missing_pictures,
         experts=_legend(record),
     )
-    partial = folder / f"{REPORT_FILE}.partial"
-    partial.write_text(page)
-    partial.replace(folder / REPORT_FILE)
-    print(folder / REPORT_FILE)
+    print(write_whole(folder / REPORT_FILE, page.encode()))
 
 
 def _pictures(folder: Path, record: dict[str, Any], count: int) -> tuple[list[_Shown], str]:

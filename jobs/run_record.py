@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.cli import UserError
+from mone.checkpoint import write_whole
 
 if TYPE_CHECKING:  # benchmarks tell versions where there is no pyarrow
     from pipelines.ledger import Totals
@@ -47,9 +48,7 @@ def read_run(output: Path) -> dict[str, Any]:
 
 def write_run(output: Path, record: dict[str, Any]) -> None:
     """Write the record; it appears whole or not at all."""
-    partial = output / f"{RUN_FILE}.partial"
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(output / RUN_FILE)
+    write_whole(output / RUN_FILE, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def totals_record(totals: "Totals") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from jobs.recipes import RECIPES, Recipe
 from jobs.run_log import RunLog, showing
 from jobs.training_data import MOTIONS_DATA, TrainingData, load_in_memory, training_data, worker_sources
 from mone.baselines import METHODS, with_method
-from mone.checkpoint import Checkpoint, read_checkpoint
+from mone.checkpoint import Checkpoint, read_checkpoint, write_whole
 from mone.parallel import Parallel
 from mone.training import DivergedError
 from pipelines.train_loop import MODEL_DIR, LocalLink, Sources, TrainJob, train_loop
@@ -228,7 +228,7 @@ def _check_same_run(output: Path, config: Train, recipe: Recipe) -> None:
     path = output / "config.json"
     if path.exists() and path.read_text() != description:
         raise UserError(f"{output} holds another run; choose another --output")
-    path.write_text(description)
+    write_whole(path, description.encode())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

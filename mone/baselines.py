@@ -74,6 +74,11 @@ def capacities_of(name: str, config: ModelConfig, asked: Sequence[float]) -> tup
     return tuple(asked) if fixed is None else (fixed,)
 
 
+def within_reach(config: ModelConfig, wanted: Sequence[float]) -> list[float]:
+    """Those of the wanted capacities that the smallest expert allows."""
+    return [capacity for capacity in wanted if capacity >= config.widths[0] / config.dim]
+
+
 def sharing_weights(base: ViViT, config: ModelConfig) -> ViViT:
     """A model of another config on the same tensors, in evaluation mode; a router that it lacks is left out."""
     with torch.device("meta"):

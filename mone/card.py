@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mone.baselines import capacities_of
+from mone.baselines import capacities_of, within_reach
 from mone.compute import clip_compute
 from mone.config import ModelConfig
 
@@ -44,8 +44,7 @@ def model_card(config: ModelConfig, labels: Sequence[str], notes: str, num_param
         notes: Where it comes from and how good it is, as Markdown; "" says that nothing is recorded.
         num_parameters: Of all tensors.
     """
-    smallest = config.widths[0] / config.dim
-    asked = [capacity for capacity in _CAPACITIES if capacity >= smallest]
+    asked = within_reach(config, _CAPACITIES)
     return _TEMPLATE.format(
         form=config.encoder.capitalize(),
         config=config,

@@ -149,15 +149,16 @@ def save_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    _write(folder / WEIGHTS_FILE, dump_tensors(tensors))
+    write_whole(folder / WEIGHTS_FILE, dump_tensors(tensors))
     num_parameters = sum(tensor.numel() for tensor in tensors.values())
-    _write(folder / CARD_FILE, model_card(model.config, labels, notes, num_parameters).encode())
-    _write(folder / LABELS_FILE, json.dumps(list(labels), indent=1).encode())
-    _write(folder / CONFIG_FILE, json.dumps(dataclasses.asdict(model.config), indent=1).encode())
+    write_whole(folder / CARD_FILE, model_card(model.config, labels, notes, num_parameters).encode())
+    write_whole(folder / LABELS_FILE, json.dumps(list(labels), indent=1).encode())
+    write_whole(folder / CONFIG_FILE, json.dumps(dataclasses.asdict(model.config), indent=1).encode())
     return folder
 
 
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(path.suffix + ".partial")
+def write_whole(path: Path, content: bytes) -> Path:
+    """Write a file that appears whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(content)
-    partial.replace(path)
+    return partial.replace(path)

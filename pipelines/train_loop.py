@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from mone.baselines import capacities_of
+from mone.baselines import capacities_of, within_reach
 from mone.checkpoint import read_checkpoint, save_checkpoint
 from mone.clips import Batch, ClipSource
 from mone.compute import clip_compute
@@ -111,8 +111,7 @@ def train_loop(job: TrainJob, sources: Sources, parallel: Parallel, link: Link) 
 
 def measured_capacities(job: TrainJob, wanted: tuple[float, ...]) -> tuple[float, ...]:
     """Those of the wanted capacities that the model can have."""
-    smallest = job.model.widths[0] / job.model.dim
-    return capacities_of(job.method, job.model, [capacity for capacity in wanted if capacity >= smallest])
+    return capacities_of(job.method, job.model, within_reach(job.model, wanted))
 
 
 def new_model(job: TrainJob) -> ViViT:
