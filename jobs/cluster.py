@@ -30,7 +30,7 @@ def connected(address: str) -> Iterator[None]:
         if address:
             ray.init(address, **options)
         else:
-            ray.init(include_dashboard=False, **options)
+            ray.init("local", include_dashboard=False, **options)  # even where another Ray runs on this machine
     except (ConnectionError, ValueError) as error:
         raise UserError(f"no Ray cluster answers at {address}: {error}") from error
     interrupt_on_sigterm()

@@ -69,7 +69,7 @@ def _panel(axes: Axes, rows: list[Row]) -> None:
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     name = Path(first.series.data).name or first.series.data
-    title = f"{name}, {first.series.split}: {first.num_clips:,} clips; mean, min to max of {_seeds(rows)}"
+    title = f"{name}, {first.series.split}: {first.num_clips:,} clips; mean, min to max of {_runs(rows)}"
     axes.set_title(title, loc="left", fontsize=9, parse_math=False)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8.5)
 
@@ -78,10 +78,10 @@ def _times(factor: float) -> Callable[[Any], Any]:
     return lambda values: values * factor
 
 
-def _seeds(rows: list[Row]) -> str:
-    counts = sorted({len(row.seeds) for row in rows})
+def _runs(rows: list[Row]) -> str:
+    counts = sorted({row.num_runs for row in rows})
     spoken = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"{spoken} seed{'s' * (counts[-1] > 1)}"
+    return f"{spoken} run{'s' * (counts[-1] > 1)}"
 
 
 def _line(axes: Axes, rows: list[Row], label: str, variant: int) -> None:
@@ -97,7 +97,7 @@ def _line(axes: Axes, rows: list[Row], label: str, variant: int) -> None:
     axes.errorbar(
         [row.flops_per_clip / 1e9 for row in rows],
         top1,
-        yerr=None if all(len(row.seeds) == 1 for row in rows) else [[max(0.0, gap) for gap in side] for side in bars],
+        yerr=None if all(row.num_runs == 1 for row in rows) else [[max(0.0, gap) for gap in side] for side in bars],
         label=label,
         color=colour,
         marker=marker,

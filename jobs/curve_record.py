@@ -1,11 +1,11 @@
 """curve.json: what a training run scored at each capacity, and what it took; curves.json: many of them in one file.
 
-    {"version": 1, "data": "motions", "split": "val", "recipe": "motions", "method": "mone", "seed": 0, "epochs": 40,
-     "train_clips": 36000, "train_flops": 6.1e16,
+    {"version": 2, "data": "motions", "fold": "split", "split": "val", "recipe": "motions", "method": "mone",
+     "capacity": null, "seed": 0, "epochs": 40, "train_clips": 36000, "train_flops": 6.1e16,
      "points": [{"method": "mone", "capacity": 0.4, "drop_static": null, "flops_per_clip": 2.9e8,
                  "dense_flops_per_clip": 6.7e8, "top1": 0.91, "nll": 0.3, "num_clips": 1200}, ...]}
 
-curves.json is {"version": 1, "runs": [a record as above, ...], "rows": [what the table shows, ...]}; only its runs are
+curves.json is {"version": 2, "runs": [a record as above, ...], "rows": [what the table shows, ...]}; only its runs are
 read again. A key that is missing, unknown or of a wrong kind is refused.
 """
 
@@ -21,7 +21,7 @@ from mone.baselines import METHODS
 from mone.checkpoint import write_whole
 from mone.curve import CurvePoint
 
-RECORD_FILE, COLLECTION_FILE, VERSION = "curve.json", "curves.json", 1
+RECORD_FILE, COLLECTION_FILE, VERSION = "curve.json", "curves.json", 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,20 +30,24 @@ class CurveRecord:
 
     Attributes:
         data: What it learnt from, as `jobs.train --data` names it.
+        fold: Which division of the data into splits: the column of `jobs.train --split-column`.
         split: What its points are measured on.
         recipe: Name of the recipe.
         method: As it was trained (`mone.baselines.METHODS`).
+        capacity: The only one that it was trained at, beyond a start at all; None: at many.
         seed: Of weights, order and draws.
-        epochs: Of all stages.
+        epochs: Of all stages, with those of the model that it started from.
         train_clips: Clips of an epoch.
-        train_flops: Floating-point operations of all steps (`mone.compute.training_flops`).
+        train_flops: Floating-point operations of all these steps (`mone.compute.training_flops`).
         points: Its scores. Their methods say how the weights were run, which may be another method than the run's.
     """
 
     data: str
+    fold: str
     split: str
     recipe: str
     method: str
+    capacity: float | None
     seed: int
     epochs: int
     train_clips: int
@@ -145,9 +149,11 @@ _SHARE = (_share, "a number from 0 to 1")
 _RECORD = {
     "version": _COUNT,
     "data": _TEXT,
+    "fold": _TEXT,
     "split": _TEXT,
     "recipe": _TEXT,
     "method": _METHOD,
+    "capacity": (lambda value: value is None or _share(value), "null or a number from 0 to 1"),
     "seed": (lambda value: type(value) is int, "a whole number"),
     "epochs": _COUNT,
     "train_clips": _COUNT,

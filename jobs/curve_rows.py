@@ -1,4 +1,4 @@
-"""Runs to rows: what differs only in its seed is one row, with its mean and its spread; and the rows as Markdown."""
+"""Runs to rows: what differs only in seed and fold is one row, with its mean and spread; and the rows as Markdown."""
 
 import statistics
 from collections import defaultdict
@@ -22,6 +22,7 @@ class Series(NamedTuple):
         split: What was measured on.
         method: As it was run.
         trained: The method that it was trained as.
+        own_capacity: Whether each capacity has a model that was trained at it alone; else one model serves all.
         epochs: Of training.
         drop_static: Grey levels up to which patches were dropped as static; None: none were.
     """
@@ -30,6 +31,7 @@ class Series(NamedTuple):
     split: str
     method: str
     trained: str
+    own_capacity: bool
     epochs: int
     drop_static: float | None
 
@@ -37,6 +39,7 @@ class Series(NamedTuple):
     def name(self) -> str:
         """Without the epochs: "tome on mone's weights"."""
         on = "" if self.method == self.trained else f" on {self.trained}'s weights"
+        on += ", a model per capacity" * self.own_capacity
         return self.method + on + ("" if self.drop_static is None else f", static dropped at {self.drop_static:g}")
 
     @property
@@ -55,27 +58,30 @@ class Series(NamedTuple):
             self.method != "dense",
             self.method != self.trained,
             *places,
-            self.epochs,
+            self.own_capacity,
+            -self.epochs,
             threshold,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A series at a capacity, over its seeds.
+    """A series at a capacity, over its runs: every seed of every fold.
 
     Attributes:
         series: Which.
         capacity: Effective capacity e_c.
-        flops_per_clip: Mean over the seeds; they differ only where static patches are dropped of different clips.
+        flops_per_clip: Mean over the runs; they differ only where static patches are dropped of different clips.
         dense_flops_per_clip: At full width, on all patches.
-        top1: Mean over the seeds, as are those below.
-        top1_min: Of the seeds.
-        top1_max: Of the seeds.
-        top1_std: Sample standard deviation over the seeds; None of one.
+        top1: Mean over the runs, as are those below.
+        top1_min: Of the runs.
+        top1_max: Of the runs.
+        top1_std: Sample standard deviation over the runs; None of one.
         nll: Cross-entropy in nats.
-        num_clips: Clips that each seed was measured on.
+        num_clips: Clips that it was measured on, of all folds together.
+        num_runs: How many there are.
         seeds: Ascending.
+        folds: In alphabetical order.
         train_flops: Floating-point operations of a training run.
     """
 
@@ -89,31 +95,44 @@ class Row:
     top1_std: float | None
     nll: float
     num_clips: int
+    num_runs: int
     seeds: tuple[int, ...]
+    folds: tuple[str, ...]
     train_flops: float
 
     def to_json(self) -> dict[str, Any]:
         """All of it, flat."""
         own = {name: getattr(self, name) for name in self.__slots__ if name != "series"}
-        return self.series._asdict() | own | {"seeds": list(self.seeds)}
+        return self.series._asdict() | own | {"seeds": list(self.seeds), "folds": list(self.folds)}
 
 
 def rows_of(records: Iterable[CurveRecord]) -> list[Row]:
     """Group runs; the rows are sorted, whatever the order of the records.
 
     Raises:
-        ValueError: Runs that do not belong into one table: a seed twice, or seeds of one row that differ in more.
+        ValueError: Runs that do not belong into one table: a seed twice, or runs of one row that differ in more.
     """
     groups: defaultdict[tuple[Series, float], list[tuple[CurveRecord, CurvePoint]]] = defaultdict(list)
     for record in sorted_records(records):
         for point in record.points:
-            key = record.data, record.split, point.method, record.method, record.epochs, point.drop_static
-            groups[Series(*key), point.capacity].append((record, point))
+            if record.capacity not in (None, point.capacity):
+                continue
+            series = Series(
+                data=record.data,
+                split=record.split,
+                method=point.method,
+                trained=record.method,
+                own_capacity=record.capacity is not None,
+                epochs=record.epochs,
+                drop_static=point.drop_static,
+            )
+            groups[series, point.capacity].append((record, point))
     keys = sorted(groups, key=lambda key: (*key[0].order(), key[1]))
     rows = [_row(*key, groups[key]) for key in keys]
     for row in rows:
         first = next(other for other in rows if other.series[:2] == row.series[:2])
         where = f"{row.series.data}, {row.series.split}"
+        _agree(where, "folds", [", ".join(first.folds), ", ".join(row.folds)])
         _agree(where, "num_clips", [first.num_clips, row.num_clips])
         if abs(row.dense_flops_per_clip / first.dense_flops_per_clip - 1) > _ROUTER_SHARE:
             _agree(where, "dense_flops_per_clip", [first.dense_flops_per_clip, row.dense_flops_per_clip])
@@ -124,21 +143,20 @@ def sorted_records(records: Iterable[CurveRecord]) -> list[CurveRecord]:
     """The order in which they are kept."""
     known = [*METHODS]
     return sorted(
-        records, key=lambda record: (record.data, record.split, known.index(record.method), record.epochs, record.seed)
+        records,
+        key=lambda record: (
+            *(record.data, record.split, known.index(record.method), record.capacity or 0.0, record.epochs),
+            *(record.fold, record.seed),
+        ),
     )
 
 
 def _row(series: Series, capacity: float, members: list[tuple[CurveRecord, CurvePoint]]) -> Row:
     records, points = zip(*members, strict=True)
     where = f"{series.name} at capacity {capacity:.3g} after {series.epochs} epochs"
-    seeds = tuple(record.seed for record in records)
-    for seed in seeds:
-        if seeds.count(seed) > 1:
-            raise ValueError(f"{where}: seed {seed} is there twice")
+    folds = {fold: _fold(where, fold, members) for fold in sorted({record.fold for record in records})}
     _agree(where, "recipe", [record.recipe for record in records])
-    _agree(where, "train_clips", [record.train_clips for record in records])
-    for name in ("dense_flops_per_clip", "num_clips"):
-        _agree(where, name, [getattr(point, name) for point in points])
+    _agree(where, "dense_flops_per_clip", [point.dense_flops_per_clip for point in points])
     top1 = [point.top1 for point in points]
     return Row(
         series=series,
@@ -150,10 +168,24 @@ def _row(series: Series, capacity: float, members: list[tuple[CurveRecord, Curve
         top1_max=max(top1),
         top1_std=statistics.stdev(top1) if len(top1) > 1 else None,
         nll=statistics.fmean(point.nll for point in points),
-        num_clips=points[0].num_clips,
-        seeds=seeds,
+        num_clips=sum(folds.values()),
+        num_runs=len(records),
+        seeds=tuple(sorted({record.seed for record in records})),
+        folds=tuple(folds),
         train_flops=statistics.fmean(record.train_flops for record in records),
     )
+
+
+def _fold(where: str, fold: str, members: Sequence[tuple[CurveRecord, CurvePoint]]) -> int:
+    """Clips that the runs of a fold were measured on."""
+    own = [(record, point) for record, point in members if record.fold == fold]
+    seeds = [record.seed for record, _ in own]
+    for seed in seeds:
+        if seeds.count(seed) > 1:
+            raise ValueError(f"{where}: seed {seed} is there twice")
+    _agree(where, "train_clips", [record.train_clips for record, _ in own])
+    _agree(where, "num_clips", [point.num_clips for _, point in own])
+    return own[0][1].num_clips
 
 
 def _agree(where: str, name: str, values: Sequence[Any]) -> None:
@@ -170,14 +202,14 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "top-1 %": lambda row: f"{100 * row.top1:.1f}",
     "min..max": lambda row: f"{100 * row.top1_min:.1f}..{100 * row.top1_max:.1f}" if row.top1_std is not None else "",
     "std": lambda row: "" if row.top1_std is None else f"{100 * row.top1_std:.2f}",
-    "seeds": lambda row: f"{len(row.seeds)}",
+    "runs": lambda row: f"{row.num_runs}",
     "epochs": lambda row: f"{row.series.epochs}",
     "training EFLOP": lambda row: f"{row.train_flops / 1e18:.3g}",
 }
 _NOTES = (
-    "top-1: mean over the seeds, with its smallest and largest value and the sample standard deviation. GFLOP/clip: 1e9"
-    " floating-point operations of a forward pass, two per multiply-add, from formulas; training EFLOP: 1e18 of all"
-    " steps of one run, three forward passes each.\n"
+    "top-1: mean over the runs (seeds, of every fold), with its smallest and largest value and the sample standard"
+    " deviation. GFLOP/clip: 1e9 floating-point operations of a forward pass, two per multiply-add, from formulas;"
+    " training EFLOP: 1e18 of all steps of one run, three forward passes each.\n"
 )
 
 

@@ -62,7 +62,7 @@ def motions() -> Recipe:
             label_smoothing=0.05,
             bf16=True,
         ),
-        num_clips=36_000,
+        num_clips=35_840,  # 280 batches
     )
 
 

@@ -18,8 +18,9 @@ _LOOK_EVERY_S = 0.5
 class RunLog:
     """Takes the records of `pipelines.train_loop`, on the first worker."""
 
-    def __init__(self, output: str, data: str, recipe: str) -> None:
-        self.folder, self.data, self.recipe = Path(output), data, recipe
+    def __init__(self, output: str, run: dict[str, Any]) -> None:
+        """Continue the log in a folder; `run` is what a `CurveRecord` says of the run beyond the workers' records."""
+        self.folder, self.run = Path(output), run
         self.metrics = MetricsWriter(self.folder)
         told = [record["clips"] for record in read_metrics(self.folder) if record["kind"] == "left_out"]
         self._left_out = {name for clips in told for name in clips}
@@ -45,11 +46,11 @@ class RunLog:
         if not splits:
             return
         measured = [
-            CurvePoint(method=record["method"], **{name: value for name, value in point.items() if name != "split"})
+            CurvePoint(**{"method": record["method"]} | {name: point[name] for name in point if name != "split"})
             for point in points
             if point["split"] == splits[0]
         ]
-        run = CurveRecord(data=self.data, split=splits[0], recipe=self.recipe, points=tuple(measured), **record)
+        run = CurveRecord(split=splits[0], points=tuple(measured), **self.run, **record)
         write_run_curve(run, self.folder)
 
 

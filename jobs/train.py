@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jobs.cli import JobFailed, UserError, checking_input, run
 from jobs.inputs import choose_device, make_output
@@ -21,13 +21,18 @@ from jobs.recipes import RECIPES, Recipe
 from jobs.run_log import RunLog, showing
 from jobs.training_data import MOTIONS_DATA, TrainingData, load_in_memory, training_data, worker_sources
 from mone.baselines import METHODS, with_method
-from mone.checkpoint import Checkpoint, read_checkpoint, write_whole
+from mone.capacity import check_capacity
+from mone.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint, write_whole
+from mone.clips import MemoryClips
 from mone.parallel import Parallel
+from mone.stages import Stage
 from mone.training import DivergedError
 from pipelines.train_loop import MODEL_DIR, LocalLink, Sources, TrainJob, train_loop
 
 # Options that decide the model, beside recipe and method.
-_DECISIVE = ("data", "init", "split_column", "num_clips", "clips_per_video", "epochs", "seed")
+_DECISIVE = (
+    *("data", "init", "stages", "capacities", "split_column", "num_clips", "clips_per_video", "epochs", "seed"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,15 +51,20 @@ class Train:
     method: str = "mone"
     """"mone", or the baseline to train in its place (mone/baselines.py): dense, random_router, uniform, proportionate,
     submodel, token_drop, tome."""
+    stages: tuple[str, ...] = ()
+    """Train only these of the recipe's stages; default all."""
+    capacities: tuple[float, ...] = ()
+    """Effective capacities that MoNE trains at; one is a fixed budget. Default the recipe's, for many budgets."""
     init: str = ""
     """Model folder to start from: its weights, fitted to the recipe's sizes; new classes get a new head."""
     num_workers: str = "0"
     """0: here, with all clips in memory. N: workers of Ray Train, clips streamed by Ray Data. MIN:MAX: as many as the
     cluster has, growing and shrinking with it."""
     cache: str = ""
-    """Folder or URI for decoded clips, so that they are decoded once; with --num-workers."""
+    """Folder for decoded or rendered clips, so that a run after this one has them at once; with --num-workers also a
+    URI."""
     cache_gb: float = 100.0
-    """The cache holds at most so much; clips beyond it are decoded in each epoch."""
+    """With --num-workers, the cache holds at most so much; clips beyond it are decoded in each epoch."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """fsdp spreads the weights over the workers (FSDP2), for models that do not fit on one."""
     storage: str = ""
@@ -67,12 +77,17 @@ class Train:
     """Clips to render for "motions"; 0 takes the recipe's number."""
     clips_per_video: int = 1
     """Training clips from each labelled video, spread evenly."""
-    epochs: int = 0
-    """Epochs of each stage; 0 takes the recipe's."""
+    epochs: tuple[int, ...] = ()
+    """Epochs: one number for every stage, or one for each; default the recipe's."""
+    drop_static: float | None = None
+    """In the end, measure the test split a second time, with patches dropped that changed by at most so many grey
+    levels."""
     seed: int = 0
     """Of weights, order and draws."""
     device: str = ""
     """"cuda", "cpu"; default the GPU where there is one. Without --num-workers."""
+    compile: bool = False
+    """torch.compile the training step; takes a minute or more at first, then is faster. Without --num-workers."""
     log_samples: bool = False
     """Write down which samples each step saw, in DIR/samples."""
     address: str = ""
@@ -81,6 +96,26 @@ class Train:
 
 def train(config: Train) -> None:
     """Run the job."""
+    workers, job, data = prepare(config)
+    try:
+        if workers == 0:
+            _train_here(config, job, data, Path(job.output))
+        else:
+            _train_on_ray(config, job, data, workers)
+    except DivergedError as error:
+        raise JobFailed(f"{error}; the last checkpoint is kept") from error
+    print(Path(job.output) / MODEL_DIR)
+
+
+def prepare(config: Train) -> tuple[int | tuple[int, int], TrainJob, TrainingData]:
+    """Check everything, and make the folder of the run.
+
+    Returns:
+        Number of workers, the run, and its data.
+
+    Raises:
+        UserError: Options that cannot be; a folder with another run.
+    """
     workers = _check(config)
     with checking_input():
         data = training_data(config.data, config.split_column)
@@ -95,18 +130,12 @@ def train(config: Train) -> None:
         output=str(output),
         method=config.method,
         init=config.init,
+        drop_static=config.drop_static,
         notes=_notes(config, recipe),
         checkpoint_every=config.checkpoint_every,
         log_samples=config.log_samples,
     )
-    try:
-        if workers == 0:
-            _train_here(config, job, data, output)
-        else:
-            _train_on_ray(config, job, data, workers)
-    except DivergedError as error:
-        raise JobFailed(f"{error}; the last checkpoint is kept") from error
-    print(output / MODEL_DIR)
+    return workers, job, data
 
 
 def _check(config: Train) -> int | tuple[int, int]:
@@ -117,7 +146,11 @@ def _check(config: Train) -> int | tuple[int, int]:
     """
     if config.recipe not in RECIPES:
         raise UserError(f"unknown recipe {config.recipe!r}; there are {', '.join(RECIPES)}")
-    for name, least in (("num_clips", 0), ("epochs", 0), ("clips_per_video", 1), ("checkpoint_every", 1)):
+    if config.drop_static is not None and config.method in ("token_drop", "tome"):
+        raise UserError(f"--drop-static cannot be combined with --method {config.method}")
+    if config.drop_static is not None and not 0 <= config.drop_static <= 255:
+        raise UserError(f"--drop-static must be between 0 and 255, got {config.drop_static:g}")
+    for name, least in (("num_clips", 0), ("clips_per_video", 1), ("checkpoint_every", 1)):
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(config, name)}")
     match = re.fullmatch(r"(\d+)(?::(\d+))?", config.num_workers)
@@ -126,7 +159,7 @@ def _check(config: Train) -> int | tuple[int, int]:
     least, most = int(match[1]), int(match[2] or match[1])
     if most < least or (match[2] and not least):
         raise UserError(f"--num-workers {config.num_workers}: MIN must be at least 1 and at most MAX")
-    idle = ("cache", "storage", "address") if most == 0 else ("device",)
+    idle = ("storage", "address") if most == 0 else ("device", "compile")
     for name in idle:
         if getattr(config, name):
             raise UserError(f"--{name} has no effect {'without' if most == 0 else 'with'} --num-workers")
@@ -139,26 +172,36 @@ def _check(config: Train) -> int | tuple[int, int]:
 
 def _train_here(config: Train, job: TrainJob, data: TrainingData, output: Path) -> None:
     device = choose_device(config.device)
-    if (output / MODEL_DIR).exists():
+    if _is_done(output):
         return
-    sources = [clips.to(device) for clips in load_in_memory(data, job, _clips(config))]
+    sources = [clips.to(device) for clips in load_clips(config, job, data)]
     if not len(sources[0]):
         raise UserError(f"no clip of {config.data} can be read")
-    log = RunLog(job.output, config.data, config.recipe)
+    log = RunLog(job.output, _run(config))
     with showing(output):
         train_loop(job, Sources(*sources), Parallel(device), LocalLink(output, log))
+
+
+def _is_done(output: Path) -> bool:
+    """Of a model folder, config.json appears last."""
+    return (output / MODEL_DIR / CONFIG_FILE).exists()
+
+
+def load_clips(config: Train, job: TrainJob, data: TrainingData) -> list[MemoryClips]:
+    """All splits in memory; with --cache they stay on disk for the next run."""
+    return load_in_memory(data, job, _clips(config), config.cache)
 
 
 def _train_on_ray(config: Train, job: TrainJob, data: TrainingData, workers: int | tuple[int, int]) -> None:
     from jobs.cluster import connected
     from pipelines.train_ray import TooFewCpusError, Workers, WorkersFailedError, fit
 
-    if (Path(job.output) / MODEL_DIR).exists():
+    if _is_done(Path(job.output)):
         return
     with connected(config.address):
         with checking_input():
             sources = worker_sources(data, job, _clips(config), config.cache, int(config.cache_gb * 1e9))
-        log = functools.partial(RunLog, job.output, config.data, config.recipe)
+        log = functools.partial(RunLog, job.output, _run(config))
         asked = Workers(count=workers, strategy=config.strategy, storage=config.storage or job.output)
         try:
             with showing(Path(job.output)):
@@ -167,6 +210,11 @@ def _train_on_ray(config: Train, job: TrainJob, data: TrainingData, workers: int
             raise JobFailed(str(error)) from error
         except TooFewCpusError as error:
             raise UserError(f"--num-workers {config.num_workers}: {error}") from error
+
+
+def _run(config: Train) -> dict[str, Any]:
+    """Of a curve record, what the workers do not know."""
+    return {"data": config.data, "fold": config.split_column, "recipe": config.recipe}
 
 
 def _clips(config: Train) -> int:
@@ -188,7 +236,8 @@ def _command(config: Train) -> str:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in ("data", "recipe", "method") or (value != field.default and field.name in _DECISIVE):
-            words.append(f"--{field.name.replace('_', '-')} {shlex.quote(str(value))}")
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{field.name.replace('_', '-')}", *(shlex.quote(str(value)) for value in values)]
     return " ".join(words)
 
 
@@ -202,20 +251,48 @@ def _adapt(recipe: Recipe, config: Train, start: Checkpoint | None, num_classes:
     if not sizes:
         raise ValueError(f"recipe {config.recipe!r} starts from a model: give --init MODEL")
     model = with_method(dataclasses.replace(sizes, num_classes=num_classes), config.method)
-    stages, routing = recipe.train.stages, METHODS[config.method].routing
+    stages, routing = _chosen(recipe.train.stages, config.stages), METHODS[config.method].routing
     if routing:
         stages = tuple(dataclasses.replace(stage, routing=routing) for stage in stages)
     elif model.reduces_tokens:  # at full width throughout: there are no nested widths to train
         stages = tuple(
             dataclasses.replace(stage, routing="dense") if stage.routing == "nested" else stage for stage in stages
         )
+    if config.capacities:
+        for capacity in config.capacities:
+            check_capacity(capacity, model.num_experts)
+        stages = tuple(dataclasses.replace(stage, capacities=config.capacities) for stage in stages)
     if config.epochs:
-        stages = tuple(dataclasses.replace(stage, epochs=config.epochs) for stage in stages)
+        stages = with_epochs(stages, config.epochs)
     return Recipe(
         model=model,
-        train=dataclasses.replace(recipe.train, stages=stages, seed=config.seed),
+        train=dataclasses.replace(recipe.train, stages=stages, seed=config.seed, compile=config.compile),
         num_clips=config.num_clips or recipe.num_clips,
     )
+
+
+def _chosen(stages: tuple[Stage, ...], names: tuple[str, ...]) -> tuple[Stage, ...]:
+    for name in names:
+        if name not in [stage.name for stage in stages]:
+            raise ValueError(f"no stage {name!r}; the recipe has {', '.join(stage.name for stage in stages)}")
+    return tuple(stage for stage in stages if stage.name in names) if names else stages
+
+
+def with_epochs(stages: tuple[Stage, ...], epochs: tuple[int, ...]) -> tuple[Stage, ...]:
+    """Stages of other lengths.
+
+    Args:
+        stages: To be changed.
+        epochs: One for all, or one for each.
+
+    Raises:
+        ValueError: Another number of them, or fewer than 1 epoch.
+    """
+    if len(epochs) not in (1, len(stages)) or min(epochs) < 1:
+        shown = " ".join(map(str, epochs))
+        raise ValueError(f"--epochs must be one number or {len(stages)}, one a stage, of at least 1; got {shown}")
+    each = epochs * len(stages) if len(epochs) == 1 else epochs
+    return tuple(dataclasses.replace(stage, epochs=count) for stage, count in zip(stages, each, strict=True))
 
 
 def _check_same_run(output: Path, config: Train, recipe: Recipe) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs.cli import UserError
 from mone.clips import MemoryClips
+from pipelines.kept_clips import kept
 from pipelines.synthetic import MOTIONS
 from pipelines.synthetic_stream import motions
 from pipelines.train_loop import Sources, TrainJob
@@ -46,22 +47,30 @@ def training_data(data: str, split_column: str) -> TrainingData:
     return TrainingData(tuple(sorted({video.label for video in videos})), parts)
 
 
-def load_in_memory(data: TrainingData, job: TrainJob, num_clips: int) -> list[MemoryClips]:
+def load_in_memory(data: TrainingData, job: TrainJob, num_clips: int, cache: str = "") -> list[MemoryClips]:
     """Clips of each split.
 
     Args:
         data: Videos, or none.
         job: Sizes and views.
         num_clips: Per training video; of generated data, training clips in all.
+        cache: Folder where they are kept for the next time; "" is none.
     """
     views = _views(job)
     if data.videos is None:
         held_out = min(num_clips, _MOTIONS_HELD_OUT)
         counts = {"train": num_clips, "val": held_out, "test": held_out}
-        return [motions(split, counts[split], views["test"]) for split in SPLITS]
-    from pipelines.training_memory import in_memory
+        loads = {split: functools.partial(motions, split, counts[split], views["test"]) for split in SPLITS}
+    else:
+        from pipelines.training_memory import in_memory
 
-    return [in_memory(data.videos[split], job.labels, _plan(job, split, num_clips), views[split]) for split in SPLITS]
+        loads = {
+            split: functools.partial(
+                in_memory, data.videos[split], job.labels, _plan(job, split, num_clips), views[split]
+            )
+            for split in SPLITS
+        }
+    return [kept(load, cache) if cache else load() for load in loads.values()]
 
 
 def worker_sources(

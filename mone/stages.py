@@ -33,16 +33,18 @@ class Stage:
 
     def draw_counts(self, model: ModelConfig, generator: torch.Generator) -> tuple[int, ...]:
         """Tokens of each expert for one step."""
+        choices = self.all_counts(model)
+        return choices[int(torch.randint(len(choices), (), generator=generator)) if len(choices) > 1 else 0]
+
+    def all_counts(self, model: ModelConfig) -> list[tuple[int, ...]]:
+        """What `draw_counts` draws from, each equally likely."""
         if self.routing == "mone":
-            return model.token_counts(self.capacities[_draw(len(self.capacities), generator)])
+            return [model.token_counts(capacity) for capacity in self.capacities]
         # ToMe has no narrow experts: merging nothing is all that it can do here.
         dense = self.routing == "dense" or model.allocation == "tome"
-        expert = model.num_experts - 1 if dense else _draw(model.num_experts, generator)
-        return tuple(model.tokens_per_budget() * (index == expert) for index in range(model.num_experts))
-
-
-def _draw(choices: int, generator: torch.Generator) -> int:
-    return int(torch.randint(choices, (), generator=generator))
+        experts = range(model.num_experts - 1 if dense else 0, model.num_experts)
+        num_tokens = model.tokens_per_budget()
+        return [tuple(num_tokens * (index == expert) for index in range(model.num_experts)) for expert in experts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,8 @@ class TrainConfig:
         frame_margin: Frames are decoded larger than the model's by this factor, for crops to move in.
         num_spare_frames: And longer by so many frames, for the start to move in.
         bf16: Autocast to bfloat16 on a GPU (weights stay float32).
+        compile: torch.compile the forward and backward pass, a graph for each set of counts; on one worker. Batches
+            that are not full run as they are.
         seed: Of initial weights, order, draws.
     """
 
@@ -85,9 +89,16 @@ class TrainConfig:
     frame_margin: float = 1.0
     num_spare_frames: int = 0
     bf16: bool = False
+    compile: bool = False
     seed: int = 0
 
     @property
     def epochs(self) -> int:
         """Epochs of all stages."""
         return sum(stage.epochs for stage in self.stages)
+
+    @property
+    def only_capacity(self) -> float | None:
+        """The one that "mone" stages train at; None where they draw from many, or there is no such stage."""
+        drawn = {capacity for stage in self.stages if stage.routing == "mone" for capacity in stage.capacities}
+        return drawn.pop() if len(drawn) == 1 else None

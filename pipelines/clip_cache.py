@@ -23,8 +23,7 @@ import torch
 
 from mone.clips import Batch
 from pipelines.clip_source import classes_of, clip_bytes, frames_like, name_of, read_ahead
-from pipelines.decode import PIXELS_VERSION
-from pipelines.view import View
+from pipelines.view import PIXELS_VERSION, View
 
 CACHE_FILE, CLIPS_DIR = "cache.json", "clips"
 

@@ -45,9 +45,6 @@ decord = _import_decord()
 _DECORD_CONTAINERS = frozenset({"mov", "matroska"})
 _DECORD_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "ffv1", "mjpeg"})
 
-# Of what a span and a view give; to be raised whenever that changes, so that no cache mixes the two.
-PIXELS_VERSION = 1
-
 # Frames that decord returns in one batch; bounds memory when many clips share a file.
 _MAX_BATCH_FRAMES = 512
 

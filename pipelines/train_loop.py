@@ -2,24 +2,25 @@
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from mone.baselines import capacities_of, within_reach
-from mone.checkpoint import read_checkpoint, save_checkpoint
+from mone.checkpoint import read_checkpoint, save_checkpoint, write_whole
 from mone.clips import Batch, ClipSource
 from mone.compute import clip_compute
 from mone.config import ModelConfig
+from mone.curve import measure
 from mone.model import ViViT
 from mone.parallel import Parallel
 from mone.stages import TrainConfig
 from mone.training import Metrics, Trainer
 from mone.transfer import initialise_from
 
-STATE_FILE, MODEL_DIR, SAMPLES_DIR = "state.pt", "model", "samples"
+STATE_FILE, MODEL_DIR, SAMPLES_DIR, SPENT_FILE = "state.pt", "model", "samples", "spent.json"
 SHOWN_CAPACITIES = (0.2, 0.4, 1.0)
 CURVE_CAPACITIES = (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 
@@ -34,6 +35,8 @@ class TrainJob:
         output: DIR, which every worker can write.
         method: "mone" or a baseline, for the log.
         init: Model folder to start from; "" starts from random weights.
+        drop_static: Measure the test split a second time, with patches dropped that changed by at most so many grey
+            levels; None: no.
         notes: For the model card: the command and the stages.
         checkpoint_every: Steps from one checkpoint to the next; an epoch's end is one too.
         log_every: Steps between lines of metrics.
@@ -46,6 +49,7 @@ class TrainJob:
     output: str
     method: str = "mone"
     init: str = ""
+    drop_static: float | None = None
     notes: str = ""
     checkpoint_every: int = 500
     log_every: int = 20
@@ -110,7 +114,9 @@ def train_loop(job: TrainJob, sources: Sources, parallel: Parallel, link: Link) 
 
 
 def measured_capacities(job: TrainJob, wanted: tuple[float, ...]) -> tuple[float, ...]:
-    """Those of the wanted capacities that the model can have."""
+    """Those of the wanted capacities that the model can have; of one trained at a single capacity, that one."""
+    if (only := job.train.only_capacity) is not None:
+        wanted = (only,)
     return capacities_of(job.method, job.model, within_reach(job.model, wanted))
 
 
@@ -152,16 +158,42 @@ def finish(job: TrainJob, trainer: Trainer, sources: Sources, link: Link) -> Non
             costs = {"flops_per_clip": cost.flops, "dense_flops_per_clip": cost.dense_flops}
             point = {"split": split, "capacity": capacity, **costs, **trainer.evaluate(source, capacity)._asdict()}
             points.append(point)
-    run = {"epochs": job.train.epochs, "train_clips": len(sources.train), "train_flops": trainer.trained_flops}
-    link.log({"kind": "curve", "method": job.method, "seed": job.train.seed, **run, "points": points})
     state = trainer.state()["average"]
     if trainer.parallel.rank:
         return
     with torch.device("meta"):
         model = ViViT(job.model)
     model.load_state_dict(state, assign=True)
+    static = _measured_on_changed_patches(job, model, sources.test, trainer.parallel.device)
+    spent = _spent(job, trainer)
+    run = {"method": job.method, "capacity": job.train.only_capacity, "seed": job.train.seed, **spent}
+    link.log({"kind": "curve", **run, "train_clips": len(sources.train), "points": points + static})
+    folder = Path(job.output) / MODEL_DIR
+    folder.mkdir(exist_ok=True)
+    write_whole(folder / SPENT_FILE, json.dumps(spent).encode())
     notes = "\n\n".join([job.notes, *_summary(points)])
-    save_checkpoint(model, job.labels, Path(job.output) / MODEL_DIR, dtype=torch.bfloat16, notes=notes)
+    save_checkpoint(model.cpu(), job.labels, folder, dtype=torch.bfloat16, notes=notes)
+
+
+def _spent(job: TrainJob, trainer: Trainer) -> dict[str, Any]:
+    """What went into the model, with what had gone into the one that it started from, as far as that says it."""
+    spent = {"epochs": job.train.epochs, "train_flops": trainer.trained_flops}
+    before = Path(job.init) / SPENT_FILE
+    if job.init and before.exists():
+        earlier = json.loads(before.read_text())
+        spent = {name: value + earlier[name] for name, value in spent.items()}
+    return spent
+
+
+def _measured_on_changed_patches(
+    job: TrainJob, model: ViViT, source: ClipSource, device: torch.device
+) -> list[dict[str, Any]]:
+    """Points of the test split without patches that did not change."""
+    if job.drop_static is None or not len(source):
+        return []
+    capacities = measured_capacities(job, CURVE_CAPACITIES)
+    points = measure(model.to(device), source, ["mone"], capacities, drop_static=job.drop_static)
+    return [asdict(point) | {"split": "test", "method": job.method} for point in points]
 
 
 def _summary(points: list[dict[str, Any]]) -> list[str]:

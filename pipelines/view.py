@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Of what a span and a view give; to be raised whenever that changes, so that no cache mixes the two.
+PIXELS_VERSION = 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:

@@ -1,0 +1,104 @@
+"""A table that can be believed: MoNE and all that it has to beat, over seeds and folds, on the same clips.
+
+python -m jobs.sweep --recipe motions --data motions --output runs/motions --drop-static 4
+python -m jobs.sweep --recipe small_videos --data LABELLED --output runs/videos --split-columns fold1 fold2 fold3
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.cli import JobFailed, UserError, checking_input, run
+from jobs.curves import Curves, curves
+from jobs.inputs import make_output
+from jobs.recipes import RECIPES
+from jobs.sweep_runs import METHODS_SWEPT, SweepRun, in_order
+from jobs.train import Train, load_clips, prepare
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """Train each method with each seed on each fold, as tasks on a Ray cluster, and write the table and plot of all.
+
+    Runs of a seed share what is common: nested pre-training for those that route, dense training for those at full
+    width. Stopped or killed, the same command continues; runs that are done are left alone.
+    """
+
+    data: str
+    """Labelled videos, or "motions"."""
+    output: str
+    """DIR for the runs, DIR/curves.md, .svg, .png and .json; every node must see it."""
+    recipe: str = "motions"
+    """One of the functions in jobs/recipes.py, of at least two stages; the last is what methods differ in."""
+    methods: tuple[str, ...] = METHODS_SWEPT
+    """Names from mone/baselines.py; dense_flops is dense training with as many operations as MoNE's."""
+    capacities: tuple[float, ...] = (0.2, 0.4)
+    """Effective capacities at which MoNE is also trained alone, a model for each."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """A run of each."""
+    split_columns: tuple[str, ...] = ("split",)
+    """Columns of the data that say train, val or test: one, or several folds."""
+    epochs: tuple[int, ...] = ()
+    """Epochs: one number for every stage, or one for each; default the recipe's."""
+    num_clips: int = 0
+    """Clips to render for "motions"; 0 takes the recipe's number."""
+    clips_per_video: int = 1
+    """Training clips from each labelled video."""
+    drop_static: float | None = None
+    """Measure dense and MoNE a second time without patches that changed by at most so many grey levels."""
+    compile: bool = False
+    """torch.compile the training steps."""
+    gpus_per_run: float = 0.0
+    """Share of a GPU that a run takes: small models train side by side. 0 trains on CPUs."""
+    cpus_per_run: float = 1.0
+    """Cores that a run takes."""
+    address: str = ""
+    """Ray cluster; default RAY_ADDRESS, else Ray starts here."""
+
+
+def sweep(config: Sweep) -> None:
+    """Run the job."""
+    if config.recipe not in RECIPES:
+        raise UserError(f"unknown recipe {config.recipe!r}; there are {', '.join(RECIPES)}")
+    with checking_input():
+        runs = _runs(config)
+    output = make_output(config.output)
+    from jobs.cluster import connected
+    from jobs.sweep_tasks import train_all
+
+    for first in {one.config.split_column: one for one in reversed(runs)}.values():
+        _, job, data = prepare(first.config)
+        load_clips(first.config, job, data)  # into the cache, once for all runs
+    with connected(config.address):
+        failed = train_all(runs, gpus=config.gpus_per_run, cpus=config.cpus_per_run)
+    if failed:
+        raise JobFailed(f"{len(failed)} of {len(runs)} runs failed; the first, {failed[0]}")
+    shown = tuple(str(one.folder) for one in runs if one.is_shown)
+    curves(Curves(runs=shown, output=str(output)))
+
+
+def _runs(config: Sweep) -> list[SweepRun]:
+    """All runs, each after what it starts from."""
+    common = {"data": config.data, "num_clips": config.num_clips, "clips_per_video": config.clips_per_video}
+    common |= {"compile": config.compile, "recipe": config.recipe, "cache": str(Path(config.output) / "clips")}
+    return [
+        run
+        for seed in config.seeds
+        for fold in config.split_columns
+        for run in _of_seed_and_fold(config, Train(**common, output="", seed=seed, split_column=fold))
+    ]
+
+
+def _of_seed_and_fold(config: Sweep, base: Train) -> Iterator[SweepRun]:
+    folder = Path(config.output) / base.split_column / str(base.seed)
+    yield from in_order(base, folder, config.methods, config.capacities, config.epochs, config.drop_static)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run("sweep", Sweep, sweep, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
