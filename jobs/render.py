@@ -5,7 +5,6 @@ python -m jobs.render --output DIR --split test --clips 1200
 
 import csv
 import functools
-import multiprocessing
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from jobs.cli import UserError, checking_input, run
 from jobs.inputs import make_output
+from pipelines.processes import processes
 from pipelines.synthetic import render, split_seeds, write_clip
 
 
@@ -42,7 +42,7 @@ def render_job(config: Render) -> None:
         seeds = split_seeds(config.split, config.clips)
     output = make_output(config.output)
     write = functools.partial(_write, output=output, size_px=config.size, num_frames=config.frames)
-    with multiprocessing.get_context("spawn").Pool() as pool:
+    with processes() as pool:
         rows = list(tqdm(pool.imap(write, seeds, chunksize=8), "render", len(seeds), unit="clip", mininterval=1))
     with (output / "labels.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

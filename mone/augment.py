@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mone.clips import sent
 from mone.rand_augment import MAX_MAGNITUDE, rand_augment
 
 # What a draw is for; each purpose has numbers of its own, so that switching one augmentation on leaves the others be.
@@ -265,7 +266,7 @@ def _window(frames_BTHWC: Tensor, draws: Draws, num_frames: int) -> Tensor:
     if not (spare := frames_BTHWC.shape[1] - num_frames):
         return frames_BTHWC
     starts = np.floor(draws.uniform(_TIME, 1)[0] * (spare + 1)).astype(np.int64)
-    chosen_BT = torch.from_numpy(starts[:, None] + np.arange(num_frames)).to(frames_BTHWC.device)
+    chosen_BT = _to_device(starts[:, None] + np.arange(num_frames), frames_BTHWC.device)
     return frames_BTHWC[torch.arange(len(starts), device=chosen_BT.device)[:, None], chosen_BT]
 
 
@@ -340,7 +341,7 @@ def _change_colours(frames_BTHWC: Tensor, factors_3B: Tensor) -> Tensor:
     The three are one affine map, which is clamped and rounded once; torchvision does so after each. m is the mean grey
     of the clip, not of a frame, so that all frames get the same map.
     """
-    luma = torch.tensor(_LUMA, device=frames_BTHWC.device)
+    luma = _to_device(np.array(_LUMA, np.int64), frames_BTHWC.device)
     brightness_B, contrast_B, saturation_B = factors_3B
     sums_BC = frames_BTHWC.sum((1, 2, 3), dtype=torch.int64)
     mean_B = (sums_BC * luma).sum(-1) / (1000 * math.prod(frames_BTHWC.shape[1:4]))
@@ -387,9 +388,9 @@ def _chunks(count: int, values_each: int) -> Iterator[slice]:
 
 
 def _to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """Drawn numbers as float32, decisions as bool."""
-    dtype = torch.bool if values.dtype == bool else torch.float32
-    return torch.from_numpy(values).to(dtype).to(device)
+    """Numbers as tensors; real ones as float32."""
+    tensor = torch.from_numpy(values)
+    return sent(tensor.float() if tensor.is_floating_point() else tensor, device)
 
 
 def _spread(values_B: Tensor, ndim: int) -> Tensor:

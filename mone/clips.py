@@ -71,7 +71,7 @@ class MemoryClips:
         """One batch for each array of sample numbers."""
         for samples in plan:
             chosen = torch.as_tensor(samples, dtype=torch.int64)
-            there = chosen.to(self.labels_S.device)
+            there = sent(chosen, self.labels_S.device)
             yield Batch(self.frames_STHWC[there], self.labels_S[there], chosen)
 
     def to(self, device: torch.device | str) -> "MemoryClips":
@@ -79,3 +79,8 @@ class MemoryClips:
         clips = MemoryClips(self.frames_STHWC.to(device), self.labels_S.to(device))
         clips.failures = self.failures
         return clips
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on a device, without waiting for the device: from pageable memory a copy waits for all its work."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -142,7 +142,7 @@ class Trainer:
 
         self.module.train()
         frames, targets = self._prepared(batch)
-        total = self.parallel.sum(torch.tensor(float(len(targets)), device=device)).clamp(min=1.0)
+        total = self.parallel.sum(torch.full((), float(len(targets)), device=device)).clamp(min=1.0)
         chunks = self._chunks(frames, targets)
         self.optimizer.zero_grad(set_to_none=True)
         for index, (frames_BTHWC, targets_BC) in enumerate(chunks):

@@ -4,7 +4,6 @@ Shapes: S clips, T frames, H x W pixels, F temporal indices, N tokens per index.
 """
 
 import functools
-import multiprocessing
 import tempfile
 
 import numpy as np
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from mone.clips import MemoryClips
 from mone.config import ModelConfig
+from pipelines.processes import processes
 from pipelines.synthetic import MOTIONS, render, split_seeds
 from pipelines.view import View
 
@@ -31,7 +31,7 @@ def motions(split: str, count: int, view: View, *, num_workers: int | None = Non
     seeds = split_seeds(split, count)
     shape = (count, view.num_frames, view.height_px, view.width_px, 3)
     # Workers write into one mapped file: gigabytes would queue at a pipe. Its name goes now, its pages with the tensor.
-    with tempfile.NamedTemporaryFile() as file, multiprocessing.get_context("spawn").Pool(num_workers) as pool:
+    with tempfile.NamedTemporaryFile() as file, processes(num_workers) as pool:
         frames_STHWC = np.memmap(file.name, np.uint8, "w+", shape=shape)
         into = functools.partial(_render_into, path=file.name, shape=shape, eased=split == "train")
         rendered = pool.imap_unordered(into, enumerate(seeds), chunksize=16)
@@ -57,7 +57,7 @@ def motions_moving(split: str, count: int, config: ModelConfig, *, num_workers: 
     if split == "train":
         raise ValueError("where things move is known of the held-out splits, not of 'train'")
     seeds = split_seeds(split, count)
-    with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
+    with processes(num_workers) as pool:
         moving = pool.imap(functools.partial(_moving, config=config), seeds, chunksize=16)
         masks = [*tqdm(moving, f"motion of {split}", count, unit="clip", mininterval=2)]
     return torch.from_numpy(np.stack(masks))

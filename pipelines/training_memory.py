@@ -1,7 +1,6 @@
 """Labelled videos as training clips in memory, decoded once, in as many processes as there are cores; no Ray."""
 
 import functools
-import multiprocessing
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from mone.clips import MemoryClips
 from pipelines.archive import Video
 from pipelines.decode import Clip, decode_clips
 from pipelines.manifest import plan_video, source_of
+from pipelines.processes import processes
 from pipelines.schema import Status
 from pipelines.timeline import ClipPlan
 from pipelines.view import View
@@ -36,7 +36,7 @@ def in_memory(
     classes: list[int] = []
     failures: dict[str, str] = {}
     index_of = {label: index for index, label in enumerate(labels)}
-    with _pool(num_workers) as pool:
+    with processes(num_workers) as pool:
         read = functools.partial(_read, plan=plan, view=view)
         outcomes = tqdm(pool.imap(read, videos, chunksize=4), "decode", len(videos), unit="video", mininterval=2)
         for video, outcome in zip(videos, outcomes, strict=True):
@@ -63,8 +63,3 @@ def _read(video: Video, plan: ClipPlan, view: View) -> _Read:
         if not isinstance(outcome, Clip)
     }
     return _Read([outcome.frames_THWC for outcome in outcomes if isinstance(outcome, Clip)], failures)
-
-
-def _pool(num_workers: int | None):
-    # Not fork: the parent has torch's threads.
-    return multiprocessing.get_context("spawn").Pool(num_workers)
