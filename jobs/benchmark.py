@@ -11,6 +11,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from jobs.benchmarks.focus import Focus
 from jobs.benchmarks.model import ModelSpeed
 from jobs.benchmarks.precision import Precision
 from jobs.benchmarks.report import Benchmark, environment
@@ -18,7 +19,7 @@ from jobs.benchmarks.train import TrainSpeed
 from jobs.cli import run
 
 # NAME: its options. Nothing else is needed to add one.
-BENCHMARKS: dict[str, Any] = {"model": ModelSpeed, "train": TrainSpeed, "precision": Precision}
+BENCHMARKS: dict[str, Any] = {"model": ModelSpeed, "train": TrainSpeed, "precision": Precision, "focus": Focus}
 
 
 def benchmark(config: Benchmark) -> None:

@@ -199,6 +199,8 @@ class RoutingFocus:
         expert_share_of_moving: Share of the moving patches that it gets.
         moving_share: Share of all patches that are moving: what chance makes of the first.
         expert_share: Share of all patches that it gets: what chance makes of the second.
+        width_of_moving: Width of the experts of moving patches over the full one, the mean; 0 of one left out.
+        width: The same of all patches, which is what chance makes of it.
     """
 
     capacity: float
@@ -207,6 +209,8 @@ class RoutingFocus:
     expert_share_of_moving: float
     moving_share: float
     expert_share: float
+    width_of_moving: float
+    width: float
 
 
 def routing_focus(
@@ -231,10 +235,15 @@ def routing_focus(
     model, num_places = sharing_weights(model, config), moving_SFN.numel()
     both = torch.zeros((), dtype=torch.int64, device=device)
     taken, start = torch.zeros_like(both), 0
+    widths = torch.zeros(2, dtype=torch.float64, device=device)
+    # Left out (expert -1) has no width.
+    width_E = torch.tensor([*config.widths, 0], dtype=torch.float64, device=device) / config.dim
     for group in _whole(clips, batch_size, config):
         plan = predict(model, group.patches.to(device), capacity).plan
         moving_BK = moving_SFN[start : start + len(group.labels_B)].to(device).flatten(1)
         start += len(group.labels_B)
+        width_BK = width_E[plan.expert_BN.flatten(1)]
+        widths += torch.stack([(width_BK * moving_BK).sum(), width_BK.sum()])
         taken_BK = plan.expert_BN.flatten(1) == expert
         taken += taken_BK.sum()
         both += (taken_BK & moving_BK).sum()
@@ -246,6 +255,8 @@ def routing_focus(
         expert_share_of_moving=int(both) / num_moving,
         moving_share=num_moving / num_places,
         expert_share=int(taken) / num_places,
+        width_of_moving=float(widths[0]) / num_moving,
+        width=float(widths[1]) / num_places,
     )
 
 

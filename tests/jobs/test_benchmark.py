@@ -241,3 +241,23 @@ def test_training_steps_are_timed_for_each_method(capsys):
     flops = training_flops(config, config.token_counts(0.4)) * 2
     assert record["rows"][1]["training_flops_per_step"] == flops
     assert record["rows"][0]["times_faster"] == 1.0 and record["rows"][0]["mfu"] is None
+
+
+def test_focus_says_where_the_compute_goes(measured, tmp_path):
+    torch.manual_seed(0)
+    model = ViViT(TINY)
+    save_checkpoint(model, MOTIONS, tmp_path / "model")
+    record = measured("focus", "--models", tmp_path / "model", "--clips", 24, "--capacity", 0.3, 1)
+    some, all_of_it = record["rows"]
+    assert (some["capacity"], all_of_it["capacity"]) == (0.3, 1)
+    assert all_of_it["expert_share_of_moving"] == all_of_it["expert_share"] == 1
+    assert all_of_it["width_of_moving"] == all_of_it["width"] == 1
+    assert some["moving_share"] == all_of_it["moving_share"] == all_of_it["moving_share_of_expert"] > 0
+    counts = TINY.token_counts(0.3)
+    assert some["expert_share"] == pytest.approx(counts[some["expert"]] / sum(counts))
+
+
+def test_focus_is_refused_where_nothing_can_be_said(refused, tmp_path):
+    refused("focus", "--models", names="--models")
+    refused("focus", "--models", tmp_path / "none", names="none")
+    refused("focus", "--models", tmp_path, "--split", "train", names="--split")

@@ -165,6 +165,7 @@ def test_focus_is_that_of_a_loop(changes, capacity):
     model, clips = small_model(config, dtype=torch.float32), some_clips(5, config)
     moving_SFN = torch.rand(5, 4, 12, generator=torch.Generator().manual_seed(2)) < 0.3
     taken, moving, both, largest = 0, 0, 0, -1
+    width_of_moving = width = 0.0
     experts = [model(patches[None], capacity).plan.expert_BN.flatten().tolist() for patches in patches_of(clips)]
     largest = max(max(expert_K) for expert_K in experts)
     for expert_K, mask_K in zip(experts, moving_SFN.flatten(1).tolist(), strict=True):
@@ -172,12 +173,17 @@ def test_focus_is_that_of_a_loop(changes, capacity):
             taken += expert == largest
             moving += moves
             both += expert == largest and moves
+            own = config.widths[expert] / config.dim if expert >= 0 else 0.0
+            width_of_moving += own * moves
+            width += own
     focus = routing_focus(model, clips, moving_SFN, capacity, batch_size=2)
     assert (focus.capacity, focus.expert) == (capacity, largest)
     assert focus.moving_share_of_expert == both / taken
     assert focus.expert_share_of_moving == both / moving
     assert focus.moving_share == moving / (5 * 48)
     assert focus.expert_share == taken / (5 * 48)
+    assert focus.width_of_moving == pytest.approx(width_of_moving / moving)
+    assert focus.width == pytest.approx(width / (5 * 48))
 
 
 @pytest.mark.parametrize("router", ["random", "learned"])
