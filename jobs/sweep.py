@@ -15,6 +15,7 @@ from jobs.inputs import make_output
 from jobs.recipes import RECIPES
 from jobs.sweep_runs import METHODS_SWEPT, SweepRun, in_order
 from jobs.train import Train, check_options, load_clips, prepare
+from jobs.training_data import training_data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +86,13 @@ def _check(config: Sweep, runs: list[SweepRun]) -> None:
         raise UserError("give at least one of --methods, --seeds and --split-columns each")
     for name in ("gpus_per_run", "cpus_per_run"):
         value = getattr(config, name)
-        if value < 0 or (value > 1 and value % 1):
+        if not (0 <= value <= 1 or value % 1 == 0 < value):
             raise UserError(f"--{name.replace('_', '-')} must be a share of one, or a whole number, got {value:g}")
     for one in runs:
         check_options(one.config)
+    with checking_input():
+        for column in config.split_columns:
+            training_data(config.data, column)
 
 
 def _runs(config: Sweep) -> list[SweepRun]:

@@ -11,7 +11,7 @@ from pipelines.kept_clips import kept
 from pipelines.view import View
 
 VIEW = View(num_frames=2, height_px=4, width_px=6)
-FAILURES = {'a "quoted" – name.mp4 [0.00, 1.00)': "missing: no such file"}
+FAILURES = {'a "quoted" é name.mp4 [0.00, 1.00)': "missing: no such file"}
 
 
 class Calls(list):
