@@ -78,6 +78,8 @@ def from_json(values: Any) -> CurveRecord:
     for key in keys:
         if keys.count(key) > 1:
             raise ValueError(f"points has {key[0]} at capacity {key[1]:g} twice")
+    if values["capacity"] not in (None, *(point.capacity for point in points)):
+        raise ValueError(f"points has none at capacity {values['capacity']:g}, which it was trained at")
     fields: dict[str, Any] = {name: value for name, value in values.items() if name != "version"}
     fields["points"] = points
     return CurveRecord(**fields)

@@ -23,7 +23,7 @@ Runs = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="R
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curves:
-    """Write DIR/curves.md, curves.svg, curves.png and curves.json: means over seeds, and their spread.
+    """Write DIR/curves.md, curves.svg, curves.png and curves.json: means over seeds and folds, and their spread.
 
     The same runs give the same files, byte for byte, in whatever order they are named. Runs of one method that differ
     in epochs are rows of their own.

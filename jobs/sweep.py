@@ -14,7 +14,8 @@ from jobs.curves import Curves, curves
 from jobs.inputs import make_output
 from jobs.recipes import RECIPES
 from jobs.sweep_runs import METHODS_SWEPT, SweepRun, in_order
-from jobs.train import Train, load_clips, prepare
+from jobs.train import Train, check_options, load_clips, prepare
+from jobs.training_data import training_data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,7 @@ def sweep(config: Sweep) -> None:
         raise UserError(f"unknown recipe {config.recipe!r}; there are {', '.join(RECIPES)}")
     with checking_input():
         runs = _runs(config)
+    _check(config, runs)
     output = make_output(config.output)
     from jobs.cluster import connected
     from jobs.sweep_tasks import train_all
@@ -78,14 +80,29 @@ def sweep(config: Sweep) -> None:
     curves(Curves(runs=shown, output=str(output)))
 
 
+def _check(config: Sweep, runs: list[SweepRun]) -> None:
+    """Find what is wrong with the options before any run starts."""
+    if not runs:
+        raise UserError("give at least one of --methods, --seeds and --split-columns each")
+    for name in ("gpus_per_run", "cpus_per_run"):
+        value = getattr(config, name)
+        if not (0 <= value <= 1 or value % 1 == 0 < value):
+            raise UserError(f"--{name.replace('_', '-')} must be a share of one, or a whole number, got {value:g}")
+    for one in runs:
+        check_options(one.config)
+    with checking_input():
+        for column in config.split_columns:
+            training_data(config.data, column)
+
+
 def _runs(config: Sweep) -> list[SweepRun]:
     """All runs, each after what it starts from."""
     common = {"data": config.data, "num_clips": config.num_clips, "clips_per_video": config.clips_per_video}
     common |= {"compile": config.compile, "recipe": config.recipe, "cache": str(Path(config.output) / "clips")}
     return [
         run
-        for seed in config.seeds
-        for fold in config.split_columns
+        for seed in dict.fromkeys(config.seeds)
+        for fold in dict.fromkeys(config.split_columns)
         for run in _of_seed_and_fold(config, Train(**common, output="", seed=seed, split_column=fold))
     ]
 

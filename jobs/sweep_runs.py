@@ -9,6 +9,7 @@ from statistics import fmean
 from jobs.recipes import RECIPES
 from jobs.train import Train, with_epochs
 from mone.baselines import METHODS, with_method
+from mone.capacity import check_capacity
 from mone.compute import training_flops
 from mone.config import ModelConfig
 from mone.stages import Stage
@@ -62,9 +63,11 @@ def in_order(
         drop_static: Of `Train`, for MoNE and dense.
 
     Raises:
-        ValueError: A method that does not exist, or a recipe of one stage.
+        ValueError: A method that does not exist, a capacity out of range, or a recipe of one stage or without sizes.
     """
     recipe = RECIPES[base.recipe]()
+    if not recipe.model:
+        raise ValueError(f"recipe {base.recipe!r} starts from a model; a sweep starts from random weights")
     stages = with_epochs(recipe.train.stages, epochs) if epochs else recipe.train.stages
     *first, last = stages
     if not first:
@@ -72,6 +75,8 @@ def in_order(
     for method in methods:
         if method not in METHODS and method != DENSE_FLOPS:
             raise ValueError(f"unknown method {method!r}; there are {', '.join((*METHODS, DENSE_FLOPS))}")
+    for capacity in capacities:
+        check_capacity(capacity, recipe.model.num_experts)
     base = dataclasses.replace(base, stages=(last.name,), epochs=(last.epochs,))
     made: set[str] = set()
 
@@ -97,7 +102,7 @@ def in_order(
         yield from start("dense" if at_full_width else "mone", after)
         yield end(method, method, after)
         if method == "mone":
-            for capacity in capacities:
+            for capacity in dict.fromkeys(capacities):
                 yield end(method, f"mone_{capacity:g}", after, capacities=(capacity,), drop_static=None)
 
 

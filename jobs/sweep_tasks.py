@@ -1,5 +1,6 @@
 """Training runs as Ray tasks, as many at a time as the cluster has room for."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,13 @@ def train_all(runs: Sequence[SweepRun], *, gpus: float, cpus: float) -> list[str
 
     Returns:
         Runs that failed, and why.
+
+    Raises:
+        UserError: The runs would wait for ever for a place.
     """
+    for name, asked in (("GPU", gpus), ("CPU", cpus)):
+        if asked > (there := ray.cluster_resources().get(name, 0)):
+            raise UserError(f"a run takes {asked:g} {name}s, and the cluster has {there:g}")
     # A process of its own for each run, so that a GPU's memory is free again when it ends.
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=2)(_train)
     results: dict[Path, ray.ObjectRef] = {}
@@ -36,7 +43,7 @@ def train_all(runs: Sequence[SweepRun], *, gpus: float, cpus: float) -> list[str
             (done,), waiting = ray.wait(waiting, num_returns=1)
             error = _outcome(done)
             failed += [f"{names[done]}: {error}"] * bool(error)
-            progress.write(f"{names[done]}: {error or _score(Path(names[done]))}")
+            progress.write(f"{names[done]}: {error or _score(Path(names[done]))}", file=sys.stderr)
             progress.update()
     return failed
 

@@ -20,7 +20,7 @@ from jobs.inputs import choose_device, make_output
 from jobs.recipes import RECIPES, Recipe
 from jobs.run_log import RunLog, showing
 from jobs.training_data import MOTIONS_DATA, TrainingData, load_in_memory, training_data, worker_sources
-from mone.baselines import METHODS, with_method
+from mone.baselines import METHODS, capacities_of, with_method
 from mone.capacity import check_capacity
 from mone.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint, write_whole
 from mone.clips import MemoryClips
@@ -116,7 +116,7 @@ def prepare(config: Train) -> tuple[int | tuple[int, int], TrainJob, TrainingDat
     Raises:
         UserError: Options that cannot be; a folder with another run.
     """
-    workers = _check(config)
+    workers = check_options(config)
     with checking_input():
         data = training_data(config.data, config.split_column)
         start = read_checkpoint(config.init) if config.init else None
@@ -138,8 +138,8 @@ def prepare(config: Train) -> tuple[int | tuple[int, int], TrainJob, TrainingDat
     return workers, job, data
 
 
-def _check(config: Train) -> int | tuple[int, int]:
-    """The number of workers.
+def check_options(config: Train) -> int | tuple[int, int]:
+    """Check what can be checked without the data; returns the number of workers.
 
     Raises:
         UserError: An option out of range, or without effect.
@@ -163,6 +163,8 @@ def _check(config: Train) -> int | tuple[int, int]:
     for name in idle:
         if getattr(config, name):
             raise UserError(f"--{name} has no effect {'without' if most == 0 else 'with'} --num-workers")
+    if "://" in config.cache and most == 0:
+        raise UserError("--cache must be a folder without --num-workers, not a URI")
     if config.strategy == "fsdp" and most == 0:
         raise UserError("--strategy fsdp needs --num-workers")
     if most == 0:
@@ -189,6 +191,8 @@ def _is_done(output: Path) -> bool:
 
 def load_clips(config: Train, job: TrainJob, data: TrainingData) -> list[MemoryClips]:
     """All splits in memory; with --cache they stay on disk for the next run."""
+    if config.cache:
+        make_output(config.cache)
     return load_in_memory(data, job, _clips(config), config.cache)
 
 
@@ -245,7 +249,7 @@ def _adapt(recipe: Recipe, config: Train, start: Checkpoint | None, num_classes:
     """The recipe with what the command line changes.
 
     Raises:
-        ValueError: An unknown method, or a recipe that needs a model to start from.
+        ValueError: An unknown method or stage, a recipe that needs a model to start from, or a number out of range.
     """
     sizes = recipe.model or (start and start.config)
     if not sizes:
@@ -259,6 +263,9 @@ def _adapt(recipe: Recipe, config: Train, start: Checkpoint | None, num_classes:
             dataclasses.replace(stage, routing="dense") if stage.routing == "nested" else stage for stage in stages
         )
     if config.capacities:
+        at_own_capacity = capacities_of(config.method, model, config.capacities) != config.capacities
+        if at_own_capacity or not any(stage.routing == "mone" for stage in stages):
+            raise ValueError("--capacities has no effect: nothing is trained at a capacity that can be chosen")
         for capacity in config.capacities:
             check_capacity(capacity, model.num_experts)
         stages = tuple(dataclasses.replace(stage, capacities=config.capacities) for stage in stages)

@@ -38,7 +38,7 @@ class CurvePoint:
         dense_flops_per_clip: At full width, on all patches.
         top1: Share of the clips whose best class is right.
         nll: Cross-entropy in nats, the mean over the clips.
-        num_clips: How many were measured.
+        num_clips: How many could be read and were measured.
     """
 
     method: str
@@ -75,7 +75,7 @@ def measure(
         A point per method and capacity, in the order asked for.
 
     Raises:
-        ValueError: No clips, an unknown method, or a capacity or threshold out of range.
+        ValueError: No clips, none that can be read, an unknown method, or a capacity or threshold out of range.
     """
     if not len(clips):
         raise ValueError("there are no clips to measure")
@@ -89,7 +89,9 @@ def measure(
     for group in (group.to(device) for group in groups):
         for case, total in zip(cases, sums, strict=True):
             total.add(case, group)
-    return [_point(case, total, len(clips), drop_static) for case, total in zip(cases, sums, strict=True)]
+    if any(not total.num_clips for total in sums):
+        raise ValueError("no clip could be read")
+    return [_point(case, total, drop_static) for case, total in zip(cases, sums, strict=True)]
 
 
 class _Case(NamedTuple):
@@ -131,7 +133,8 @@ def _whole(clips: ClipSource, batch_size: int, config: ModelConfig) -> Iterator[
     plan = np.array_split(np.arange(len(clips)), range(batch_size, len(clips), batch_size))
     for frames_BTHWC, labels_B, _ in clips.batches(plan):
         seen = centre(frames_BTHWC, num_frames=config.num_frames, height_px=config.height_px, width_px=config.width_px)
-        yield _Group(to_patches(seen, config), labels_B)
+        if len(labels_B):  # else none of them could be read
+            yield _Group(to_patches(seen, config), labels_B)
 
 
 def _of_one_size(groups: Iterator[_Group], batch_size: int, threshold: float) -> Iterator[_Group]:
@@ -154,12 +157,13 @@ class _Sums:
     def __init__(self, device: torch.device) -> None:
         self.right = torch.zeros((), dtype=torch.int64, device=device)
         self.nll = torch.zeros((), dtype=torch.float64, device=device)
-        self.flops = 0
+        self.flops, self.num_clips = 0, 0
 
     def add(self, case: _Case, group: _Group) -> None:
         logits_BC = predict(case.model, group.patches, case.capacity, group.kept_BK).logits_BC.float()
         self.right += (logits_BC.argmax(-1) == group.labels_B).sum()
         self.nll += F.cross_entropy(logits_BC, group.labels_B, reduction="sum").double()
+        self.num_clips += len(logits_BC)
         self.flops += len(logits_BC) * _compute(case, group).flops
 
 
@@ -168,16 +172,16 @@ def _compute(case: _Case, group: _Group) -> Compute:
     return clip_compute(case.model.config, case.capacity, num_kept)
 
 
-def _point(case: _Case, sums: _Sums, num_clips: int, drop_static: float | None) -> CurvePoint:
+def _point(case: _Case, sums: _Sums, drop_static: float | None) -> CurvePoint:
     return CurvePoint(
         method=case.method,
         capacity=case.capacity,
         drop_static=drop_static,
-        flops_per_clip=sums.flops / num_clips,
+        flops_per_clip=sums.flops / sums.num_clips,
         dense_flops_per_clip=clip_compute(case.model.config, case.capacity).dense_flops,
-        top1=int(sums.right) / num_clips,
-        nll=float(sums.nll) / num_clips,
-        num_clips=num_clips,
+        top1=int(sums.right) / sums.num_clips,
+        nll=float(sums.nll) / sums.num_clips,
+        num_clips=sums.num_clips,
     )
 
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from safetensors import safe_open
@@ -27,10 +28,13 @@ def kept(load: "functools.partial[MemoryClips]", folder: str | Path) -> MemoryCl
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         clips = load()
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}.partial")  # of each process its own
         tensors = {"frames_STHWC": clips.frames_STHWC, "labels_S": clips.labels_S}
-        save_file(tensors, partial, metadata={_FAILURES: json.dumps(clips.failures)})
-        partial.replace(path)
+        try:
+            save_file(tensors, partial, metadata={_FAILURES: json.dumps(clips.failures)})
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
         return clips
     with safe_open(path, framework="pt") as file:
         clips = MemoryClips(file.get_tensor("frames_STHWC"), file.get_tensor("labels_S"))

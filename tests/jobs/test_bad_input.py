@@ -17,6 +17,7 @@ import jobs.evaluate
 import jobs.plan
 import jobs.render
 import jobs.report
+import jobs.sweep
 import jobs.train
 from tests.conftest import write_labels
 
@@ -28,6 +29,7 @@ JOBS = {
     "plan": jobs.plan.main,
     "render": jobs.render.main,
     "report": jobs.report.main,
+    "sweep": jobs.sweep.main,
     "train": jobs.train.main,
 }
 
@@ -72,6 +74,7 @@ def options_of(job: str, archive: Path, model: Path, out: Path) -> list[object]:
         "plan": [archive, "--output", out, "--model", model],
         "evaluate": ["--data", archive, "--model", model],
         "train": ["--data", archive, "--output", out],
+        "sweep": ["--data", archive, "--output", out],
         "render": ["--output", out],
         "report": [out],
         "audit": [out],
@@ -79,8 +82,8 @@ def options_of(job: str, archive: Path, model: Path, out: Path) -> list[object]:
     }[job]
 
 
-WITH_ARCHIVE, WITH_DATA = ["annotate", "plan"], ["evaluate", "train"]
-WITH_MODEL, WITH_OUTPUT = ["annotate", "plan", "evaluate"], ["annotate", "plan", "train", "render"]
+WITH_ARCHIVE, WITH_DATA = ["annotate", "plan"], ["evaluate", "train", "sweep"]
+WITH_MODEL, WITH_OUTPUT = ["annotate", "plan", "evaluate"], ["annotate", "plan", "train", "sweep", "render"]
 
 
 @pytest.mark.parametrize("job", WITH_ARCHIVE + WITH_DATA)
@@ -163,6 +166,7 @@ def test_an_unknown_option(refused, archive, model_folder, out, job):
         ("plan", "ARCHIVE"),
         ("evaluate", "--data"),
         ("train", "--data"),
+        ("sweep", "--data"),
         ("render", "--output"),
         ("report", "DIR"),
         ("audit", "DIR"),
@@ -199,6 +203,14 @@ BAD_NUMBERS = {
     "plan": ["--span=-1", "--stride=-1", "--clips-per-video=-1", "--span=long"],
     "evaluate": ["--span=-1", "--stride=-1", "--clips-per-video=-1", *BAD_TOKENS],
     "train": ["--num-clips=-1", "--epochs=-1", "--epochs=many"],
+    "sweep": [
+        "--num-clips=-1",
+        "--epochs=-1",
+        "--clips-per-video=0",
+        "--drop-static=-1",
+        "--gpus-per-run=-1",
+        "--seeds=a",
+    ],
     "render": ["--clips=0", "--size=-64", "--size=65", "--size=30", "--frames=1", "--frames=-1"],
 }
 
@@ -229,7 +241,8 @@ def test_a_stride_and_a_number_of_clips_exclude_each_other(refused, archive, mod
 
 
 def test_an_unknown_recipe(refused, archive, out):
-    refused("train", "--data", archive, "--output", out, "--recipe", "pancakes", names="pancakes")
+    for job in ("train", "sweep"):
+        refused(job, "--data", archive, "--output", out, "--recipe", "pancakes", names="pancakes")
 
 
 def test_an_unknown_split(refused, archive, model_folder, out):
@@ -239,7 +252,8 @@ def test_an_unknown_split(refused, archive, model_folder, out):
 
 def test_training_data_without_a_training_split(refused, tmp_path, out):
     table = write_labels(tmp_path / "labels.csv", [("a.mp4", "left", "test")])
-    refused("train", "--data", table, "--output", out, names="labels.csv")
+    for job in ("train", "sweep"):
+        refused(job, "--data", table, "--output", out, names="labels.csv")
 
 
 def test_a_label_that_the_model_does_not_know(refused, tmp_path, model_folder, out):

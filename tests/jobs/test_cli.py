@@ -19,6 +19,7 @@ import jobs.evaluate
 import jobs.plan
 import jobs.render
 import jobs.report
+import jobs.sweep
 import jobs.train
 from jobs.cli import JobFailed, UserError, checking_input, run
 
@@ -131,6 +132,7 @@ def test_checking_input_blames_the_input(error, message):
         (jobs.plan.main, jobs.plan.Plan),
         (jobs.render.main, jobs.render.Render),
         (jobs.report.main, jobs.report.Report),
+        (jobs.sweep.main, jobs.sweep.Sweep),
         (jobs.train.main, jobs.train.Train),
     ],
 )
@@ -171,7 +173,7 @@ def test_decoding_workers_need_no_torch():
     assert "pyarrow" in found and "torch" not in found
 
 
-@pytest.mark.parametrize("job", ["benchmark", "curves", "metrics", "train"])
+@pytest.mark.parametrize("job", ["benchmark", "curves", "metrics", "sweep_runs", "train"])
 def test_a_machine_that_only_trains_or_times_the_model_needs_no_ray_and_no_decoder(job):
     found = imported_by(f"jobs.{job}")
     assert "torch" in found and not found & {"ray", "av", "decord", "pyarrow"}

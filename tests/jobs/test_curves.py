@@ -32,9 +32,10 @@ def some_record(method="mone", seed=0, *, points=(), **changes) -> CurveRecord:
         some_point(method, capacity, (100 + 40 * capacity + seed) / 200)
         for capacity in ([1.0] if method == "dense" else CAPACITIES)
     ]
-    about = {"data": "motions", "split": "val", "recipe": "motions", "epochs": 40, "train_clips": 600}
+    about = {"data": "motions", "fold": "split", "split": "val", "recipe": "motions", "capacity": None}
     return CurveRecord(
         **about
+        | {"epochs": 40, "train_clips": 600}
         | {"method": method, "seed": seed, "train_flops": 2.5e18 + seed * 1e17, "points": tuple(points)}
         | changes
     )
@@ -75,7 +76,7 @@ def test_a_row_is_the_mean_and_the_spread_of_its_seeds():
     top1 = {0: 0.5, 2: 0.56, 1: 0.53}
     records = [some_record("mone", seed, points=[some_point(top1=value)]) for seed, value in top1.items()]
     (row,) = rows_of(records)
-    assert row.seeds == (0, 1, 2)
+    assert row.seeds == (0, 1, 2) and row.folds == ("split",) and (row.num_runs, row.num_clips) == (3, 200)
     assert row.top1 == pytest.approx(0.53) and (row.top1_min, row.top1_max) == (0.5, 0.56)
     assert row.top1_std == pytest.approx(0.03) == statistics.stdev(top1.values())
     assert row.nll == pytest.approx(0.47)
@@ -89,7 +90,7 @@ def test_a_row_is_the_mean_and_the_spread_of_its_seeds():
         "top-1 %": "53.0",
         "min..max": "50.0..56.0",
         "std": "3.00",
-        "seeds": "3",
+        "runs": "3",
         "epochs": "40",
         "training EFLOP": "2.6",
     }
@@ -99,7 +100,7 @@ def test_one_seed_has_no_spread():
     (row,) = rows_of([some_record(points=[some_point()])])
     assert row.top1_std is None
     (cells,) = cells_of(markdown([row]))
-    assert (cells["std"], cells["min..max"], cells["seeds"]) == ("", "", "1")
+    assert (cells["std"], cells["min..max"], cells["runs"]) == ("", "", "1")
 
 
 def test_rows_differ_in_method_epochs_weights_threshold_split_and_data():
@@ -116,8 +117,8 @@ def test_rows_differ_in_method_epochs_weights_threshold_split_and_data():
     assert [(row.series.data, row.series.split, row.series.name, row.series.epochs) for row in rows] == [
         ("more", "val", "dense", 40),
         ("motions", "test", "dense", 40),
-        ("motions", "val", "dense", 40),
         ("motions", "val", "dense", 90),
+        ("motions", "val", "dense", 40),
         ("motions", "val", "mone", 40),
         ("motions", "val", "mone, static dropped at 4", 40),
         ("motions", "val", "tome", 40),
@@ -125,6 +126,52 @@ def test_rows_differ_in_method_epochs_weights_threshold_split_and_data():
     ]
     assert rows_of(records[::-1]) == rows
     assert markdown(rows).count("\n## ") + 1 == 3
+
+
+def test_folds_of_different_size_are_one_row():
+    top1 = {("a", 0): 0.5, ("a", 1): 0.6, ("b", 0): 0.7, ("b", 1): 0.8}
+    sizes = {"a": 200, "b": 150}
+    records = [
+        some_record(seed=seed, fold=fold, train_clips=3 * sizes[fold], points=[some_point(top1=value, num_clips=clips)])
+        for (fold, seed), value in top1.items()
+        for clips in [sizes[fold]]
+    ]
+    (row,) = rows_of(records)
+    assert (row.num_runs, row.num_clips) == (4, 350)
+    assert (row.seeds, row.folds) == ((0, 1), ("a", "b"))
+    assert row.top1 == pytest.approx(0.65) and row.top1_std == pytest.approx(statistics.stdev(top1.values()))
+    assert (row.top1_min, row.top1_max) == (0.5, 0.8)
+    assert cells_of(markdown([row]))[0]["runs"] == "4"
+    assert row.to_json()["folds"] == ["a", "b"] and json.loads(json.dumps(row.to_json()))["num_runs"] == 4
+    with pytest.raises(ValueError, match="seed 1 is there twice"):
+        rows_of([*records, records[-1]])
+    smaller = dataclasses.replace(records[0], seed=2, points=(some_point(num_clips=199),))
+    with pytest.raises(ValueError, match="differ in num_clips, 200 and 199"):
+        rows_of([*records, smaller])
+
+
+def test_models_of_one_capacity_each_are_one_series_beside_the_model_of_all(tmp_path):
+    own = [some_record(seed=seed, capacity=capacity) for seed in (0, 1) for capacity in (0.4, 0.2)]
+    everything = [some_record(seed=seed) for seed in (0, 1)]
+    rows = rows_of([*own, *everything])
+    name = "mone, a model per capacity"
+    assert [(row.series.name, row.capacity) for row in rows] == [
+        *(("mone", capacity) for capacity in CAPACITIES),
+        *((name, capacity) for capacity in (0.2, 0.4)),  # each at its own, wherever else it was measured
+    ]
+    assert all(row.num_runs == 2 for row in rows) and rows_of([*everything, *own[::-1]]) == rows
+    for number, record in enumerate([*own, *everything]):
+        (tmp_path / str(number)).mkdir()
+        write_record(record, tmp_path / str(number))
+    assert curves(*(tmp_path / str(number) for number in range(6)), "--output", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "curves.svg").read_text()
+    assert f"<!-- {name} -->" in text and "<!-- mone -->" in text and "of 2 runs -->" in text
+    assert rows_of(read_records(tmp_path / "out" / "curves.json")) == rows
+
+
+def test_longer_training_comes_first():
+    rows = rows_of([some_record("dense", epochs=epochs) for epochs in (40, 5, 90)])
+    assert [row.series.epochs for row in rows] == [90, 40, 5]
 
 
 def test_the_same_runs_give_the_same_files(runs, tmp_path, capsys):
@@ -192,7 +239,10 @@ def test_a_record_that_cannot_be_read_is_not_written(tmp_path):
 BAD = {
     "seed is missing": lambda values: values.pop("seed"),
     "colour is unknown": lambda values: values.update(colour="red"),
-    "version is 2": lambda values: values.update(version=2),
+    "version is 1": lambda values: values.update(version=1),
+    "capacity must be null or a number": lambda values: values.update(capacity=True),
+    "points has none at capacity 0.3, which it was trained at": lambda values: values.update(capacity=0.3),
+    "fold must be text": lambda values: values.update(fold=1),
     "method must be one of mone, dense": lambda values: values.update(method="astrology"),
     "epochs must be a whole number above 0, got true": lambda values: values.update(epochs=True),
     'data must be text, got ""': lambda values: values.update(data=""),
@@ -223,7 +273,8 @@ def test_a_bad_record_is_one_line(tmp_path, capsys, message):
         ("[" * 100_000, ""),
         ("[]", "a record must be an object, not list"),
         ('{"runs": 3}', "not a list of runs"),
-        ('{"version": 1, "runs": [{}]}', "data is missing"),
+        ('{"version": 2, "runs": [{}]}', "capacity is missing"),
+        ('{"version": 1, "runs": []}', "not a list of runs of version 2"),
         ("\xff", ""),
     ],
 )
@@ -257,6 +308,8 @@ def test_no_run_is_one_line(tmp_path, capsys):
         ({"seed": 1, "train_clips": 60}, "differ in train_clips, 600 and 60"),
         ({"seed": 1, "points": [some_point(num_clips=100)]}, "differ in num_clips, 200 and 100"),
         ({"seed": 1, "points": [some_point(dense_flops_per_clip=8)]}, "differ in dense_flops_per_clip"),
+        ({"fold": "other", "recipe": "adapt"}, "differ in recipe"),
+        ({"method": "tome", "fold": "other"}, "differ in folds, split and other"),
         ({"method": "tome", "points": [some_point("tome", num_clips=100)]}, "differ in num_clips, 200 and 100"),
         ({"method": "tome", "points": [some_point("tome", dense_flops_per_clip=8)]}, "differ in dense_flops_per_clip"),
     ],

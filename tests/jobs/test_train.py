@@ -205,9 +205,10 @@ def test_stopped_while_it_is_measured_it_only_measures_again(data, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(pipelines.train_loop, "save_checkpoint", stop)
         assert train("--data", data, "--output", tmp_path / "run") == 130
+    assert not (tmp_path / "run" / "model" / "config.json").exists()
     monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("it trained again"))
     assert train("--data", data, "--output", tmp_path / "run") == 0
-    assert (tmp_path / "run" / "model").exists()
+    assert read_checkpoint(tmp_path / "run" / "model").config.num_classes == 8
 
 
 @pytest.mark.usefixtures("threads")
@@ -273,10 +274,11 @@ def test_a_loss_that_is_not_finite_is_status_1_and_no_such_state_is_kept(data, t
         (["--num-workers", "two"], "--num-workers"),
         (["--num-workers", "2:1"], "--num-workers 2:1"),
         (["--num-workers", "0:2"], "--num-workers 0:2"),
-        (["--cache", "there"], "--cache has no effect without --num-workers"),
+        (["--cache", "s3://there"], "--cache must be a folder without --num-workers"),
         (["--storage", "there"], "--storage has no effect without --num-workers"),
         (["--address", "there"], "--address has no effect without --num-workers"),
         (["--num-workers", "1", "--device", "cpu"], "--device has no effect with --num-workers"),
+        (["--num-workers", "1", "--compile"], "--compile has no effect with --num-workers"),
         (["--strategy", "fsdp"], "--strategy fsdp needs --num-workers"),
         (["--checkpoint-every", "0"], "--checkpoint-every must be at least 1"),
     ],

@@ -85,8 +85,15 @@ def test_another_method_is_another_run(tmp_path, capsys):
 
 
 def test_the_command_of_the_card_has_every_option_that_decides_the_model(tmp_path):
-    options = ["--data", "motions", "--recipe", "tiny", "--method", "dense", "--num-clips", "12", "--epochs", "1"]
-    options += ["--seed", "3"]
+    assert (
+        jobs.train.main(
+            ["--recipe", "tiny", "--data", "motions", "--stages", "first", "--output", str(tmp_path / "a start")]
+        )
+        == 0
+    )
+    options = ["--data", "motions", "--recipe", "tiny", "--method", "random_router", "--num-clips", "12"]
+    options += ["--epochs", "1", "2", "--stages", "first", "second", "--capacities", "0.4", "0.6", "--seed", "3"]
+    options += ["--init", str(tmp_path / "a start" / "model")]
     assert jobs.train.main([*options, "--output", str(tmp_path / "run"), "--device", "cpu"]) == 0
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     (command,) = re.findall(r"`python -m jobs\.train (.*)`", card)

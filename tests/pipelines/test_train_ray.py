@@ -34,6 +34,7 @@ from tests.media import indexed_frames, write_video
 pytestmark = pytest.mark.ray
 
 LABELS = ("left", "right")
+RUN = {"data": "noise", "fold": "split", "recipe": "tiny"}
 NUM_SAMPLES, BATCH, STEPS = 70, 4, 18  # an odd last batch
 # Sums of floats in another order, through 36 steps of AdamW. The model is saved in bfloat16.
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-4, 1e-2
@@ -97,7 +98,7 @@ def sources_of(marker: Path | None = None, at_sample: int = -1) -> Sources:
 
 
 def log_of(output: Path) -> functools.partial[RunLog]:
-    return functools.partial(RunLog, str(output), "noise", "tiny")
+    return functools.partial(RunLog, str(output), RUN)
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
@@ -109,8 +110,8 @@ def losses(run: Path) -> list[tuple[int, float]]:
 def alone(tmp_path_factory) -> Path:
     """The run of one process, without Ray."""
     output = tmp_path_factory.mktemp("alone")
-    log = RunLog(str(output), "noise", "tiny")
-    train_loop(job(output), sources_of(), Parallel(torch.device("cpu")), LocalLink(output, log))
+    link = LocalLink(output, log_of(output)())
+    train_loop(job(output), sources_of(), Parallel(torch.device("cpu")), link)
     return output
 
 
