@@ -5,7 +5,7 @@ python -m jobs.sweep --recipe small_videos --data LABELLED --output runs/videos 
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from jobs.cli import JobFailed, UserError, checking_input, run
 from jobs.curves import Curves, curves
 from jobs.inputs import make_output
 from jobs.recipes import RECIPES
-from jobs.sweep_runs import METHODS_SWEPT, SweepRun, in_order
+from jobs.sweep_runs import METHODS_SWEPT, Plan, SweepRun
 from jobs.train import Train, check_options, load_clips, prepare
 from jobs.training_data import training_data
 
@@ -22,8 +22,8 @@ from jobs.training_data import training_data
 class Sweep:
     """Train each method with each seed on each fold, as tasks on a Ray cluster, and write the table and plot of all.
 
-    Runs of a seed share what is common: nested pre-training for those that route, dense training for those at full
-    width. Stopped or killed, the same command continues; runs that are done are left alone.
+    Methods that do the same in the recipe's first stages share these: nested pre-training for those that route, dense
+    training for those at full width. Stopped or killed, the same command continues; runs that are done are left alone.
     """
 
     data: str
@@ -38,6 +38,9 @@ class Sweep:
     """Effective capacities at which MoNE is also trained alone, a model for each."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """A run of each."""
+    common_start: bool = False
+    """Train all but the last stage once, with the first seed, so that seeds differ in the last stage alone; default
+    once for each seed."""
     split_columns: tuple[str, ...] = ("split",)
     """Columns of the data that say train, val or test: one, or several folds."""
     epochs: tuple[int, ...] = ()
@@ -48,8 +51,6 @@ class Sweep:
     """Training clips from each labelled video."""
     drop_static: float | None = None
     """Measure dense and MoNE a second time without patches that changed by at most so many grey levels."""
-    compile: bool = False
-    """torch.compile the training steps."""
     gpus_per_run: float = 0.0
     """Share of a GPU that a run takes: small models train side by side. 0 trains on CPUs."""
     cpus_per_run: float = 1.0
@@ -96,20 +97,25 @@ def _check(config: Sweep, runs: list[SweepRun]) -> None:
 
 
 def _runs(config: Sweep) -> list[SweepRun]:
-    """All runs, each after what it starts from."""
+    """All runs, each once and after what it starts from."""
     common = {"data": config.data, "num_clips": config.num_clips, "clips_per_video": config.clips_per_video}
-    common |= {"compile": config.compile, "recipe": config.recipe, "cache": str(Path(config.output) / "clips")}
-    return [
-        run
-        for seed in dict.fromkeys(config.seeds)
-        for fold in dict.fromkeys(config.split_columns)
-        for run in _of_seed_and_fold(config, Train(**common, output="", seed=seed, split_column=fold))
-    ]
-
-
-def _of_seed_and_fold(config: Sweep, base: Train) -> Iterator[SweepRun]:
-    folder = Path(config.output) / base.split_column / str(base.seed)
-    yield from in_order(base, folder, config.methods, config.capacities, config.epochs, config.drop_static)
+    common |= {"recipe": config.recipe, "cache": str(Path(config.output) / "clips")}
+    found: dict[Path, SweepRun] = {}
+    for seed in config.seeds:
+        for fold in config.split_columns:
+            folder = Path(config.output) / fold / str(seed)
+            plan = Plan(
+                base=Train(**common, output="", seed=seed, split_column=fold),
+                folder=folder,
+                starts=(folder.parent, config.seeds[0]) if config.common_start else (folder, seed),
+                methods=config.methods,
+                capacities=config.capacities,
+                epochs=config.epochs,
+                drop_static=config.drop_static,
+            )
+            for one in plan.runs():
+                found.setdefault(one.folder, one)
+    return [*found.values()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,86 +40,100 @@ class SweepRun:
         return Path(self.config.output)
 
 
-def in_order(
-    base: Train,
-    folder: Path,
-    methods: Sequence[str],
-    capacities: Sequence[float],
-    epochs: tuple[int, ...],
-    drop_static: float | None,
-) -> Iterator[SweepRun]:
-    """The runs of one seed and fold, each after what it starts from.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The runs of one seed and fold.
 
-    All but the recipe's last stage is trained twice, by MoNE and by dense, and the last once for each method: from
-    dense weights where tokens stay at full width, else from MoNE's. So epochs are matched; `dense_flops` has so many
-    epochs of each stage that its operations are those of MoNE.
+    All but the recipe's last stage are trained stage by stage, and shared: methods that do the same in a stage after
+    the same stages start from one model. The last stage is trained once for each method: from dense weights where
+    tokens stay at full width, else from MoNE's. So epochs are matched; `dense_flops` has so many epochs of each stage
+    that its operations are those of MoNE.
 
-    Args:
-        base: What all runs have in common; its method, stages and output are replaced.
+    Attributes:
+        base: What all runs have in common; its method, stages, epochs, start and output are replaced.
         folder: A run is FOLDER/NAME.
+        starts: Folder and seed of the runs that others start from; several plans can have the same.
         methods: Names of `METHODS_SWEPT` or of `mone.baselines.METHODS`.
         capacities: At which MoNE is trained alone.
         epochs: Of each stage; one for all; () are the recipe's.
         drop_static: Of `Train`, for MoNE and dense.
-
-    Raises:
-        ValueError: A method that does not exist, a capacity out of range, or a recipe of one stage or without sizes.
     """
-    recipe = RECIPES[base.recipe]()
-    if not recipe.model:
-        raise ValueError(f"recipe {base.recipe!r} starts from a model; a sweep starts from random weights")
-    stages = with_epochs(recipe.train.stages, epochs) if epochs else recipe.train.stages
-    *first, last = stages
-    if not first:
-        raise ValueError(f"recipe {base.recipe!r} has one stage; a sweep needs a common start and a last stage")
-    for method in methods:
-        if method not in METHODS and method != DENSE_FLOPS:
-            raise ValueError(f"unknown method {method!r}; there are {', '.join((*METHODS, DENSE_FLOPS))}")
-    for capacity in capacities:
-        check_capacity(capacity, recipe.model.num_experts)
-    base = dataclasses.replace(base, stages=(last.name,), epochs=(last.epochs,))
-    made: set[str] = set()
 
-    def start(method: str, name: str) -> Iterator[SweepRun]:
-        if name not in made:
-            made.add(name)
-            own = {"stages": tuple(stage.name for stage in first), "epochs": tuple(stage.epochs for stage in first)}
-            config = dataclasses.replace(base, output=str(folder / name), method=method, **own)
-            yield SweepRun(config=config, is_shown=False)
+    base: Train
+    folder: Path
+    starts: tuple[Path, int]
+    methods: Sequence[str]
+    capacities: Sequence[float] = ()
+    epochs: tuple[int, ...] = ()
+    drop_static: float | None = None
 
-    def end(method: str, name: str, after: str, **changes: object) -> SweepRun:
-        at = folder / after
-        static = drop_static if method in _WITHOUT_STATIC else None
-        own = {"output": str(folder / name), "method": method, "init": str(at / MODEL_DIR), "drop_static": static}
-        return SweepRun(config=dataclasses.replace(base, **(own | changes)), after=at)
+    def runs(self) -> list[SweepRun]:
+        """All runs, each once and after what it starts from.
 
-    for method in dict.fromkeys(methods):
-        if method == DENSE_FLOPS:
-            yield from _dense_flops(base, folder, recipe.sizes, stages)
-            continue
-        at_full_width = method == "dense" or with_method(recipe.sizes, method).reduces_tokens
-        after = "dense_start" if at_full_width else "nested_start"
-        yield from start("dense" if at_full_width else "mone", after)
-        yield end(method, method, after)
-        if method == "mone":
-            for capacity in dict.fromkeys(capacities):
-                yield end(method, f"mone_{capacity:g}", after, capacities=(capacity,), drop_static=None)
+        Raises:
+            ValueError: A method that does not exist, a capacity out of range, or a recipe of one stage or without
+                sizes.
+        """
+        sizes, stages = self._checked()
+        found: dict[Path, SweepRun] = {}
+        for method in dict.fromkeys(self.methods):
+            at_full_width = method == DENSE_FLOPS or with_method(sizes, method).reduces_tokens or method == "dense"
+            passed = _fewer_epochs(stages, sizes) if method == DENSE_FLOPS else stages
+            *starts, last = self._chain(passed, at_full_width)
+            for run in starts:
+                found.setdefault(run.folder, run)
+            trained = "dense" if method == DENSE_FLOPS else method
+            own = {"drop_static": self.drop_static if method in _WITHOUT_STATIC else None}
+            found[self.folder / method] = self._end(last, method, method=trained, **own)
+            for capacity in dict.fromkeys(self.capacities) if method == "mone" else ():
+                name = f"mone_{capacity:g}"
+                found[self.folder / name] = self._end(last, name, method=method, capacities=(capacity,))
+        return [*found.values()]
+
+    def _checked(self) -> tuple[ModelConfig, tuple[Stage, ...]]:
+        recipe = RECIPES[self.base.recipe]()
+        if not recipe.model:
+            raise ValueError(f"recipe {self.base.recipe!r} starts from a model; a sweep starts from random weights")
+        stages = with_epochs(recipe.train.stages, self.epochs) if self.epochs else recipe.train.stages
+        if len(stages) < 2:
+            raise ValueError(
+                f"recipe {self.base.recipe!r} has one stage; a sweep needs a common start and a last stage"
+            )
+        for method in self.methods:
+            if method not in METHODS and method != DENSE_FLOPS:
+                raise ValueError(f"unknown method {method!r}; there are {', '.join((*METHODS, DENSE_FLOPS))}")
+        for capacity in self.capacities:
+            check_capacity(capacity, recipe.model.num_experts)
+        return recipe.model, stages
+
+    def _chain(self, stages: tuple[Stage, ...], at_full_width: bool) -> Iterator[SweepRun]:
+        """A run for each stage; the names of those before the last say what went into them."""
+        (folder, seed), after, name = self.starts, None, "start"
+        for stage in stages:
+            routing = "dense" if at_full_width else stage.routing
+            name += f"-{routing}{stage.epochs}"
+            config = dataclasses.replace(
+                self.base,
+                output=str(folder / name),
+                method="dense" if routing == "dense" else "mone",
+                stages=(stage.name,),
+                epochs=(stage.epochs,),
+                init=str(after / MODEL_DIR) if after else "",
+                seed=seed,
+            )
+            yield SweepRun(config=config, after=after, is_shown=False)
+            after = Path(config.output)
+
+    def _end(self, last: SweepRun, name: str, **changes: object) -> SweepRun:
+        own = {"output": str(self.folder / name), "seed": self.base.seed}
+        return SweepRun(config=dataclasses.replace(last.config, **(own | changes)), after=last.after)
 
 
-def _dense_flops(base: Train, folder: Path, sizes: ModelConfig, stages: tuple[Stage, ...]) -> Iterator[SweepRun]:
-    """Dense training stage by stage, each with as many operations as MoNE's, rounded to epochs."""
+def _fewer_epochs(stages: tuple[Stage, ...], sizes: ModelConfig) -> tuple[Stage, ...]:
+    """As many epochs at full width as take the operations of each stage, rounded."""
     full = training_flops(sizes, sizes.token_counts(1.0))
-    after = None
-    for number, stage in enumerate(stages, 1):
-        is_last = number == len(stages)
-        flops = fmean(training_flops(sizes, counts) for counts in stage.all_counts(sizes))
-        config = dataclasses.replace(
-            base,
-            output=str(folder / (DENSE_FLOPS if is_last else f"{DENSE_FLOPS}_{number}")),
-            method="dense",
-            stages=(stage.name,),
-            epochs=(max(1, round(stage.epochs * flops / full)),),
-            init=str(after / MODEL_DIR) if after else "",
-        )
-        yield SweepRun(config=config, after=after, is_shown=is_last)
-        after = Path(config.output)
+    shares = [fmean(training_flops(sizes, counts) for counts in stage.all_counts(sizes)) / full for stage in stages]
+    return tuple(
+        dataclasses.replace(stage, epochs=max(1, round(stage.epochs * share)))
+        for stage, share in zip(stages, shares, strict=True)
+    )

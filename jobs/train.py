@@ -86,8 +86,6 @@ class Train:
     """Of weights, order and draws."""
     device: str = ""
     """"cuda", "cpu"; default the GPU where there is one. Without --num-workers."""
-    compile: bool = False
-    """torch.compile the training step; takes a minute or more at first, then is faster. Without --num-workers."""
     log_samples: bool = False
     """Write down which samples each step saw, in DIR/samples."""
     address: str = ""
@@ -159,7 +157,7 @@ def check_options(config: Train) -> int | tuple[int, int]:
     least, most = int(match[1]), int(match[2] or match[1])
     if most < least or (match[2] and not least):
         raise UserError(f"--num-workers {config.num_workers}: MIN must be at least 1 and at most MAX")
-    idle = ("storage", "address") if most == 0 else ("device", "compile")
+    idle = ("storage", "address") if most == 0 else ("device",)
     for name in idle:
         if getattr(config, name):
             raise UserError(f"--{name} has no effect {'without' if most == 0 else 'with'} --num-workers")
@@ -273,7 +271,7 @@ def _adapt(recipe: Recipe, config: Train, start: Checkpoint | None, num_classes:
         stages = with_epochs(stages, config.epochs)
     return Recipe(
         model=model,
-        train=dataclasses.replace(recipe.train, stages=stages, seed=config.seed, compile=config.compile),
+        train=dataclasses.replace(recipe.train, stages=stages, seed=config.seed),
         num_clips=config.num_clips or recipe.num_clips,
     )
 
@@ -310,9 +308,10 @@ def _check_same_run(output: Path, config: Train, recipe: Recipe) -> None:
         default=str,
     )
     path = output / "config.json"
-    if path.exists() and path.read_text() != description:
+    if not path.exists():
+        write_whole(path, description.encode())
+    elif path.read_text() != description:
         raise UserError(f"{output} holds another run; choose another --output")
-    write_whole(path, description.encode())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

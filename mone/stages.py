@@ -68,8 +68,6 @@ class TrainConfig:
         frame_margin: Frames are decoded larger than the model's by this factor, for crops to move in.
         num_spare_frames: And longer by so many frames, for the start to move in.
         bf16: Autocast to bfloat16 on a GPU (weights stay float32).
-        compile: torch.compile the forward and backward pass, a graph for each set of counts; on one worker. Batches
-            that are not full run as they are.
         seed: Of initial weights, order, draws.
     """
 
@@ -89,7 +87,6 @@ class TrainConfig:
     frame_margin: float = 1.0
     num_spare_frames: int = 0
     bf16: bool = False
-    compile: bool = False
     seed: int = 0
 
     @property

@@ -29,7 +29,6 @@ from torch.distributed.tensor import DTensor
 
 from mone.augment import augment, centre, mix
 from mone.clips import Batch, ClipSource
-from mone.compiled import compiled
 from mone.compute import training_flops
 from mone.model import ViViT
 from mone.optim import make_optimizer, schedule
@@ -90,7 +89,6 @@ class Trainer:
         """Place the model on its device; all workers must hold the same weights."""
         self.config, self.parallel = config, parallel
         self.module, self.model = parallel.wrap(model, bf16=config.bf16), model
-        self._compiled = compiled(model) if config.compile and parallel.world == 1 else None
         self.optimizer = make_optimizer(model, config)
         self.average = [parameter.detach().clone() for parameter in model.parameters()]
         self.order, self.num_samples = EpochOrder(num_samples, config.seed), num_samples
@@ -184,10 +182,8 @@ class Trainer:
         ]
 
     def _logits(self, frames_BTHWC: Tensor, counts: tuple[int, ...]) -> Tensor:
-        is_full = len(frames_BTHWC) == (self.config.micro_batch or self.config.batch_size)
-        run = self._compiled if self._compiled and is_full else self.module
         with autocast(self.parallel.device, self.config.bf16):
-            return run(self._patches(frames_BTHWC), counts=counts).logits_BC.float()
+            return self.module(self._patches(frames_BTHWC), counts=counts).logits_BC.float()
 
     @torch.no_grad()
     def _update_average(self, step: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 import jobs.sweep
 from jobs.recipes import RECIPES, Recipe
-from jobs.sweep_runs import DENSE_FLOPS, METHODS_SWEPT, SweepRun, in_order
+from jobs.sweep_runs import DENSE_FLOPS, METHODS_SWEPT, Plan, SweepRun
 from jobs.train import Train
 from mone.baselines import METHODS
 from mone.compute import training_flops
@@ -37,7 +37,8 @@ def _recipes(monkeypatch):
 
 def runs_of(methods=METHODS_SWEPT, *, name="two", capacities=(0.2, 0.4), epochs=(), drop_static=None) -> list[SweepRun]:
     base = Train(data="motions", output="", recipe=name, seed=7, split_column="fold", cache="/clips")
-    return [*in_order(base, FOLDER, methods, capacities, epochs, drop_static)]
+    options = {"methods": methods, "capacities": capacities, "epochs": epochs, "drop_static": drop_static}
+    return Plan(base=base, folder=FOLDER, starts=(FOLDER, 7), **options).runs()
 
 
 def chain(runs: list[SweepRun], name: str) -> list[Train]:
@@ -92,7 +93,7 @@ def test_tokens_at_full_width_start_from_dense_weights_and_all_others_from_neste
 def test_a_model_per_capacity_starts_where_the_model_of_all_does():
     runs = runs_of(["mone"], capacities=(0.2, 0.45), drop_static=4.0)
     starts = {run.after for run in runs if run.is_shown}
-    assert starts == {FOLDER / "nested_start"}
+    assert starts == {FOLDER / "start-nested10"}
     assert {run.folder.name: run.config.capacities for run in runs if run.is_shown} == {
         "mone": (),
         "mone_0.2": (0.2,),
@@ -161,7 +162,32 @@ def test_bad_input_is_one_line_before_anything_is_made(tmp_path, capsys, options
     assert not out.exists()
 
 
-# Of the real recipe, with a clip of each motion and an epoch of each stage: five runs of seconds.
+def test_what_is_the_same_is_trained_once():
+    runs = runs_of(METHODS_SWEPT, name="three")
+    starts = {run.folder.name for run in runs if not run.is_shown}
+    few = {name for name in starts if "dense10" not in name and "nested10" not in name}
+    assert starts - few == {"start-dense3-nested10", "start-dense3-dense10"}
+    assert "start-dense3" in few and len(few) == 2  # and dense training of the operations of MoNE
+
+
+@pytest.mark.parametrize("common", [False, True])
+def test_seeds_can_differ_in_the_last_stage_alone(common):
+    runs = jobs.sweep._runs(
+        jobs.sweep.Sweep(data="motions", output="/runs", recipe="two", seeds=(4, 5), common_start=common)
+    )
+    folders = [run.folder for run in runs]
+    assert len(set(folders)) == len(folders)
+    starts = {run.folder: run.config.seed for run in runs if not run.is_shown}
+    assert set(starts.values()) == ({4} if common else {4, 5})
+    assert {folder.parent for folder in starts} == (
+        {Path("/runs/split")} if common else {Path("/runs/split/4"), Path("/runs/split/5")}
+    )
+    for run in runs:
+        if run.is_shown:
+            assert run.folder.parent == Path(f"/runs/split/{run.config.seed}") and run.after in starts
+
+
+# Of the real recipe, with a clip of each motion and an epoch of each stage: six runs of seconds.
 SMALL = ["--data", "motions", "--num-clips", "12", "--epochs", "1", "--seeds", "0", "--methods", "mone", "dense"]
 SMALL += ["--capacities", "0.4", "--drop-static", "4"]
 
@@ -180,22 +206,24 @@ def trained(folder: Path) -> dict[Path, tuple[int, bytes]]:
 def test_a_run_fails_and_the_same_command_does_only_what_is_left(tmp_path):
     runs = tmp_path / "split" / "0"
     runs.mkdir(parents=True)
-    (runs / "dense_start").write_text("in the way")
+    (runs / "start-dense1-dense1").write_text("in the way")
     first = sweep(tmp_path)
     assert first.returncode == 1 and first.stdout == "", first.stderr
     (line,) = complaints(first.stderr, "sweep")
-    assert f"2 of 5 runs failed; the first, {runs / 'dense_start'}: cannot write to" in line
+    assert f"2 of 6 runs failed; the first, {runs / 'start-dense1-dense1'}: cannot write to" in line
     assert f"{runs / 'dense'}: what it starts from failed" in first.stderr
     done = trained(runs)
-    assert {path.relative_to(runs).parts[0] for path in done} == {"nested_start", "mone", "mone_0.4"}
+    mone = {"start-dense1", "start-dense1-nested1", "mone", "mone_0.4"}
+    assert {path.relative_to(runs).parts[0] for path in done} == mone
     assert not (tmp_path / "curves.json").exists()
 
-    (runs / "dense_start").unlink()
+    (runs / "start-dense1-dense1").unlink()
     second = sweep(tmp_path)
     assert second.returncode == 0, second.stderr
     everything = trained(runs)
     assert {path: everything[path] for path in done} == done
-    assert {path.relative_to(runs).parts[0] for path in everything.keys() - done.keys()} == {"dense_start", "dense"}
+    late = {path.relative_to(runs).parts[0] for path in everything.keys() - done.keys()}
+    assert late == {"start-dense1-dense1", "dense"}
     assert second.stdout == (tmp_path / "curves.md").read_text()
     check_table(json.loads((tmp_path / "curves.json").read_text()))
     assert len([*(tmp_path / "clips").iterdir()]) == 3
@@ -208,9 +236,9 @@ def test_a_run_fails_and_the_same_command_does_only_what_is_left(tmp_path):
 
 def check_table(content: dict) -> None:
     assert [(run["method"], run["capacity"], run["epochs"]) for run in content["runs"]] == [
-        ("mone", None, 2),
-        ("mone", 0.4, 2),
-        ("dense", None, 2),
+        ("mone", None, 3),
+        ("mone", 0.4, 3),
+        ("dense", None, 3),
     ]
     assert all((run["fold"], run["seed"], run["train_clips"]) == ("split", 0, 12) for run in content["runs"])
     series: dict[tuple, list[float]] = {}
