@@ -14,7 +14,9 @@ from jobs.curves import Curves, curves
 from jobs.inputs import make_output
 from jobs.recipes import RECIPES
 from jobs.sweep_runs import METHODS_SWEPT, Plan, SweepRun
-from jobs.train import Train, check_options, load_clips, prepare
+from jobs.train import load_clips
+from jobs.train_options import Train, check_options
+from jobs.train_run import prepare
 from jobs.training_data import training_data
 
 

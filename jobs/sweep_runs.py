@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import fmean
 
 from jobs.recipes import RECIPES
-from jobs.train import Train, with_epochs
+from jobs.train_options import Train
+from jobs.train_run import with_epochs
 from mone.baselines import METHODS, with_method
 from mone.capacity import check_capacity
 from mone.compute import training_flops

@@ -11,7 +11,8 @@ from tqdm import tqdm
 from jobs.cli import JobFailed, UserError
 from jobs.curve_record import RECORD_FILE, read_records
 from jobs.sweep_runs import SweepRun
-from jobs.train import Train, train
+from jobs.train import train
+from jobs.train_options import Train
 
 
 def train_all(runs: Sequence[SweepRun], *, gpus: float, cpus: float) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import jobs.sweep
 from jobs.recipes import RECIPES, Recipe
 from jobs.sweep_runs import DENSE_FLOPS, METHODS_SWEPT, Plan, SweepRun
-from jobs.train import Train
+from jobs.train_options import Train
 from mone.baselines import METHODS
 from mone.compute import training_flops
 from mone.stages import Stage, TrainConfig

@@ -47,7 +47,7 @@ def _tiny_recipes(monkeypatch):
 @pytest.fixture
 def threads(monkeypatch):
     """Decode in threads: processes take seconds to start."""
-    monkeypatch.setattr(pipelines.training_memory, "_pool", lambda num_workers: multiprocessing.pool.ThreadPool(2))
+    monkeypatch.setattr(pipelines.training_memory, "processes", lambda num_workers: multiprocessing.pool.ThreadPool(2))
 
 
 @pytest.fixture
