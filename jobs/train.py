@@ -174,7 +174,7 @@ def check_options(config: Train) -> int | tuple[int, int]:
 
 def _train_here(config: Train, job: TrainJob, data: TrainingData, output: Path) -> None:
     device = choose_device(config.device)
-    if _is_done(output):
+    if is_done(output):
         return
     sources = [clips.to(device) for clips in load_clips(config, job, data)]
     if not len(sources[0]):
@@ -184,8 +184,8 @@ def _train_here(config: Train, job: TrainJob, data: TrainingData, output: Path) 
         train_loop(job, Sources(*sources), Parallel(device), LocalLink(output, log))
 
 
-def _is_done(output: Path) -> bool:
-    """Of a model folder, config.json appears last."""
+def is_done(output: Path) -> bool:
+    """Whether a run has its model; of a model folder, config.json appears last."""
     return (output / MODEL_DIR / CONFIG_FILE).exists()
 
 
@@ -200,7 +200,7 @@ def _train_on_ray(config: Train, job: TrainJob, data: TrainingData, workers: int
     from jobs.cluster import connected
     from pipelines.train_ray import TooFewCpusError, Workers, WorkersFailedError, fit
 
-    if _is_done(Path(job.output)):
+    if is_done(Path(job.output)):
         return
     with connected(config.address):
         with checking_input():
@@ -310,9 +310,10 @@ def _check_same_run(output: Path, config: Train, recipe: Recipe) -> None:
         default=str,
     )
     path = output / "config.json"
-    if path.exists() and path.read_text() != description:
+    if not path.exists():
+        write_whole(path, description.encode())
+    elif path.read_text() != description:
         raise UserError(f"{output} holds another run; choose another --output")
-    write_whole(path, description.encode())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
