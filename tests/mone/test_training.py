@@ -1,3 +1,4 @@
+import functools
 import math
 from dataclasses import replace
 from itertools import islice
@@ -5,9 +6,12 @@ from itertools import islice
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import mone.training
 from mone.capacity import token_counts
 from mone.clips import MemoryClips
+from mone.compiled import compiled
 from mone.model import ViViT
 from mone.optim import schedule
 from mone.parallel import Parallel
@@ -273,6 +277,63 @@ def test_micro_batches_give_the_same_steps(optimizer, rate):
         for name, weight in weights.items():
             if optimizer == "sgd" or "qkv.bias" not in name:
                 torch.testing.assert_close(weight, runs[0][1][name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "backend, micro_batch", [("eager", 0), ("eager", 4), pytest.param("inductor", 4, marks=pytest.mark.slow)]
+)
+def test_compiled_steps_are_the_same_steps(monkeypatch, backend, micro_batch):
+    """float32 sums in another order, through 12 steps; a graph for each set of counts, none for smaller batches."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    monkeypatch.setattr(mone.training, "compiled", functools.partial(compiled, backend=counter))
+    stages = (Stage(name="mone", epochs=4, routing="mone", capacities=(0.3, 0.6), learning_rate=0.02),)
+    settings = {"stages": stages, "augment": AUGMENTED, "micro_batch": micro_batch, "optimizer": "sgd"}
+    clips, runs = corner_clips(19, seed=0), []  # two full batches and one of 3 an epoch
+    for compile_steps in (False, True):
+        trainer = new_trainer(19, compile=compile_steps, **settings)
+        runs.append((run_all(trainer, clips), trainer.state()["model"], trainer.evaluate(clips, 0.6)))
+        assert counter.frame_count == 2 * compile_steps
+    (reports, weights, score), (expected_reports, expected_weights, expected_score) = runs[1], runs[0]
+    assert len({report.tokens_per_expert for report in reports if report.step % 3}) == 2  # of full batches
+    for found, expected in zip(reports, expected_reports, strict=True):
+        assert found.loss == pytest.approx(expected.loss, abs=1e-5)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+        assert (found.step, found.flops) == (expected.step, expected.flops)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected_weights[name], rtol=0, atol=1e-5, msg=name)
+    assert score.nll == pytest.approx(expected_score.nll, abs=1e-5) and score.num_clips == 19
+
+
+@pytest.mark.parametrize("routing", ["dense", "nested", "mone"])
+@pytest.mark.parametrize("allocation", ["mone", "token_drop", "tome"])
+def test_all_counts_are_what_is_drawn_and_equally_likely(routing, allocation):
+    config = replace(CONFIG, allocation=allocation)
+    stage = Stage(name="s", epochs=1, routing=routing, capacities=(0.2, 0.5, 0.9))
+    choices = stage.all_counts(config)
+    drawn = [stage.draw_counts(config, torch.Generator().manual_seed(seed)) for seed in range(300)]
+    assert set(drawn) == set(choices) and len(set(choices)) == len(choices)
+    for counts in choices:  # four standard deviations
+        share = 1 / len(choices)
+        assert abs(drawn.count(counts) - 300 * share) <= 4 * math.sqrt(300 * share * (1 - share))
+
+
+@pytest.mark.parametrize(
+    "stages, only",
+    [
+        ([("mone", (0.3,))], 0.3),
+        ([("nested", (0.2, 0.5)), ("mone", (0.3, 0.3))], 0.3),
+        ([("mone", (0.3,)), ("mone", (0.4,))], None),
+        ([("mone", (0.3, 0.4))], None),
+        ([("dense", (0.3,)), ("nested", (0.3,))], None),
+    ],
+)
+def test_the_only_capacity_is_that_of_all_adaptive_stages(stages, only):
+    values = (
+        Stage(name="s", epochs=1, routing=routing, capacities=capacities, learning_rate=1e-3)
+        for routing, capacities in stages
+    )
+    assert TrainConfig(stages=tuple(values)).only_capacity == only
 
 
 @pytest.mark.parametrize("favourite", range(3))
