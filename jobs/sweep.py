@@ -14,7 +14,7 @@ from jobs.curves import Curves, curves
 from jobs.inputs import make_output
 from jobs.recipes import RECIPES
 from jobs.sweep_runs import METHODS_SWEPT, Plan, SweepRun
-from jobs.train import load_clips
+from jobs.train import is_done, load_clips
 from jobs.train_options import Train, check_options
 from jobs.train_run import prepare
 from jobs.training_data import training_data
@@ -69,16 +69,9 @@ def sweep(config: Sweep) -> None:
         runs = _runs(config)
     _check(config, runs)
     output = make_output(config.output)
-    from jobs.cluster import connected
-    from jobs.sweep_tasks import train_all
-
-    for first in {one.config.split_column: one for one in reversed(runs)}.values():
-        _, job, data = prepare(first.config)
-        load_clips(first.config, job, data)  # into the cache, once for all runs
-    with connected(config.address):
-        failed = train_all(runs, gpus=config.gpus_per_run, cpus=config.cpus_per_run)
-    if failed:
-        raise JobFailed(f"{len(failed)} of {len(runs)} runs failed; the first, {failed[0]}")
+    left = [one for one in runs if not _is_done(one)]
+    if left:
+        _train(config, left)
     shown = tuple(str(one.folder) for one in runs if one.is_shown)
     curves(Curves(runs=shown, output=str(output)))
 
@@ -96,6 +89,26 @@ def _check(config: Sweep, runs: list[SweepRun]) -> None:
     with checking_input():
         for column in config.split_columns:
             training_data(config.data, column)
+
+
+def _is_done(one: SweepRun) -> bool:
+    if not is_done(one.folder):
+        return False
+    prepare(one.config)  # refuses another run in its place
+    return True
+
+
+def _train(config: Sweep, runs: list[SweepRun]) -> None:
+    from jobs.cluster import connected
+    from jobs.sweep_tasks import train_all
+
+    for first in {one.config.split_column: one for one in reversed(runs)}.values():
+        _, job, data = prepare(first.config)
+        load_clips(first.config, job, data)  # into the cache, once for all runs
+    with connected(config.address):
+        failed = train_all(runs, gpus=config.gpus_per_run, cpus=config.cpus_per_run)
+    if failed:
+        raise JobFailed(f"{len(failed)} of {len(runs)} runs failed; the first, {failed[0]}")
 
 
 def _runs(config: Sweep) -> list[SweepRun]:

@@ -16,10 +16,10 @@ from jobs.train_options import Train
 
 
 def train_all(runs: Sequence[SweepRun], *, gpus: float, cpus: float) -> list[str]:
-    """Train what is not there yet.
+    """Train.
 
     Args:
-        runs: Each after what it starts from.
+        runs: Each after what it starts from, where that is not done yet.
         gpus: GPUs of a run.
         cpus: Cores of a run.
 

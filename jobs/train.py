@@ -39,7 +39,7 @@ def train(config: Train) -> None:
 
 def _train_here(config: Train, job: TrainJob, data: TrainingData, output: Path) -> None:
     device = choose_device(config.device)
-    if _is_done(output):
+    if is_done(output):
         return
     sources = [clips.to(device) for clips in load_clips(config, job, data)]
     if not len(sources[0]):
@@ -49,8 +49,8 @@ def _train_here(config: Train, job: TrainJob, data: TrainingData, output: Path) 
         train_loop(job, Sources(*sources), Parallel(device), LocalLink(output, log))
 
 
-def _is_done(output: Path) -> bool:
-    """Of a model folder, config.json appears last."""
+def is_done(output: Path) -> bool:
+    """Whether a run has its model; of a model folder, config.json appears last."""
     return (output / MODEL_DIR / CONFIG_FILE).exists()
 
 
@@ -65,7 +65,7 @@ def _train_on_ray(config: Train, job: TrainJob, data: TrainingData, workers: int
     from jobs.cluster import connected
     from pipelines.train_ray import TooFewCpusError, Workers, WorkersFailedError, fit
 
-    if _is_done(Path(job.output)):
+    if is_done(Path(job.output)):
         return
     with connected(config.address):
         with checking_input():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -231,3 +232,30 @@ def test_a_focus_that_means_nothing_is_refused():
             routing_focus(model, clips, wrong, 0.4)
     with pytest.raises(ValueError, match="tome"):
         routing_focus(ViViT(small_config(num_frames=8, allocation="tome")), clips, mask, 0.4)
+
+
+class Unreadable(MemoryClips):
+    """Some of its clips cannot be read, and are left out."""
+
+    def __init__(self, clips, lost):
+        super().__init__(clips.frames_STHWC, clips.labels_S)
+        self.lost = lost
+
+    def batches(self, plan):
+        yield from super().batches(
+            [np.array([sample for sample in samples if sample not in self.lost]) for samples in plan]
+        )
+
+
+@pytest.mark.parametrize("drop_static", [None, 4.0])
+def test_clips_that_cannot_be_read_do_not_count(drop_static):
+    model, clips, lost = small_model(CONFIG), some_clips(9, still_share=0.8), {0, 2, 3, 6, 7, 8}  # the last batch whole
+    there = torch.tensor([number for number in range(9) if number not in lost])
+    read = MemoryClips(clips.frames_STHWC[there], clips.labels_S[there])
+    options = {"batch_size": 3, "drop_static": drop_static}
+    points = measure(model, Unreadable(clips, lost), ["mone", "dense"], CAPACITIES, **options)
+    for found, expected in zip(points, measure(model, read, ["mone", "dense"], CAPACITIES, **options), strict=True):
+        assert found.num_clips == 3 and found.top1 == expected.top1
+        assert found.nll == pytest.approx(expected.nll) and found.flops_per_clip == expected.flops_per_clip
+    with pytest.raises(ValueError, match="no clip could be read"):
+        measure(model, Unreadable(clips, set(range(9))), ["mone"], CAPACITIES, **options)

@@ -275,6 +275,37 @@ def test_micro_batches_give_the_same_steps(optimizer, rate):
                 torch.testing.assert_close(weight, runs[0][1][name], rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("routing", ["dense", "nested", "mone"])
+@pytest.mark.parametrize("allocation", ["mone", "token_drop", "tome"])
+def test_all_counts_are_what_is_drawn_and_equally_likely(routing, allocation):
+    config = replace(CONFIG, allocation=allocation)
+    stage = Stage(name="s", epochs=1, routing=routing, capacities=(0.2, 0.5, 0.9))
+    choices = stage.all_counts(config)
+    drawn = [stage.draw_counts(config, torch.Generator().manual_seed(seed)) for seed in range(300)]
+    assert set(drawn) == set(choices) and len(set(choices)) == len(choices)
+    for counts in choices:  # four standard deviations
+        share = 1 / len(choices)
+        assert abs(drawn.count(counts) - 300 * share) <= 4 * math.sqrt(300 * share * (1 - share))
+
+
+@pytest.mark.parametrize(
+    "stages, only",
+    [
+        ([("mone", (0.3,))], 0.3),
+        ([("nested", (0.2, 0.5)), ("mone", (0.3, 0.3))], 0.3),
+        ([("mone", (0.3,)), ("mone", (0.4,))], None),
+        ([("mone", (0.3, 0.4))], None),
+        ([("dense", (0.3,)), ("nested", (0.3,))], None),
+    ],
+)
+def test_the_only_capacity_is_that_of_all_adaptive_stages(stages, only):
+    values = (
+        Stage(name="s", epochs=1, routing=routing, capacities=capacities, learning_rate=1e-3)
+        for routing, capacities in stages
+    )
+    assert TrainConfig(stages=tuple(values)).only_capacity == only
+
+
 @pytest.mark.parametrize("favourite", range(3))
 def test_a_score_is_the_share_of_right_answers_and_their_cross_entropy(favourite):
     config = small_config(num_classes=3)
