@@ -92,8 +92,10 @@ def _line(kind: str, record: dict[str, Any]) -> str:
         return "\n".join(f"left out {name}: {reason}" for name, reason in record["clips"].items())
     shown = "  ".join(f"val@{capacity} {score:.1%}" for capacity, score in record.get("val_top1", {}).items())
     memory = f"  {record['gpu_memory_gib']:.1f} GiB" if "gpu_memory_gib" in record else ""
+    use = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
+    experts = "/".join(f"{share:.0%}" for share in record["tokens_per_expert"])
     return (
         f"{kind:<5} {record['stage']:<9} epoch {record['epoch']:>3}  loss {record['loss']:.4f}"
-        f"  train {record['accuracy']:.1%}  {shown}  alpha {record['alpha']:.3f}  {record['clips_per_s']:,.0f} clips/s"
-        f"  wait {record['data_wait_share']:.0%}{memory}"
+        f"  train {record['accuracy']:.1%}  {shown}  experts {experts}  alpha {record['alpha']:.3f}"
+        f"  {record['clips_per_s']:,.0f} clips/s  wait {record['data_wait_share']:.0%}{use}{memory}"
     )

@@ -67,6 +67,7 @@ class Metrics(NamedTuple):
     clips_per_s: float
     data_wait_share: float
     flops: float
+    flops_per_s: float
     tokens_per_expert: tuple[float, ...]
 
 
@@ -269,6 +270,7 @@ class Trainer:
             clips_per_s=clips / elapsed_s,
             data_wait_share=self._waited_s / elapsed_s,
             flops=float(self._flops),
+            flops_per_s=self._flops / elapsed_s,
             tokens_per_expert=tuple(tokens / routed for tokens in self._tokens),
         )
         self._start_interval()

@@ -11,7 +11,7 @@ import torch
 from mone.baselines import capacities_of, within_reach
 from mone.checkpoint import read_checkpoint, save_checkpoint, write_whole
 from mone.clips import Batch, ClipSource
-from mone.compute import clip_compute
+from mone.compute import clip_compute, peak_flops_per_s
 from mone.config import ModelConfig
 from mone.curve import measure
 from mone.model import ViViT
@@ -106,7 +106,7 @@ def train_loop(job: TrainJob, sources: Sources, parallel: Parallel, link: Link) 
             if len(sources.val)
         }
         failures.tell()
-        metrics = _record(trainer.metrics(), parallel) | {"kind": "epoch", "val_top1": scores}
+        metrics = _record(trainer.metrics(), job, parallel) | {"kind": "epoch", "val_top1": scores}
         link.log(metrics)
         link.save(trainer.state(), metrics)
     finish(job, trainer, sources, link)
@@ -135,16 +135,20 @@ def _after_step(job: TrainJob, trainer: Trainer, link: Link) -> None:
         return  # the epoch's end has its own line and checkpoint
     due = step % job.checkpoint_every == 0 or (step % job.log_every == 0 and link.must_save())
     if due or step % job.log_every == 0:
-        metrics = _record(trainer.metrics(), trainer.parallel) | {"kind": "step"}
+        metrics = _record(trainer.metrics(), job, trainer.parallel) | {"kind": "step"}
         link.log(metrics)
         if due:
             link.save(trainer.state(), metrics)
 
 
-def _record(metrics: Metrics, parallel: Parallel) -> dict[str, Any]:
+def _record(metrics: Metrics, job: TrainJob, parallel: Parallel) -> dict[str, Any]:
+    """Metrics with what the devices had to do with them: memory of this one, and use of all (MFU)."""
     record = metrics._asdict() | {"workers": parallel.world}
     if parallel.device.type == "cuda":
         record["gpu_memory_gib"] = torch.cuda.max_memory_allocated(parallel.device) / 2**30
+        dtype = torch.bfloat16 if job.train.bf16 else torch.float32
+        if peak := peak_flops_per_s(torch.cuda.get_device_name(parallel.device), dtype):
+            record["mfu"] = metrics.flops_per_s / (peak * parallel.world)
     return record
 
 

@@ -61,7 +61,7 @@ def run_case(name, parallel, state=None):
     while not trainer.done:
         for batch in trainer.run(clips):
             found["samples"].append(batch.samples_B.tolist())
-            found["metrics"].append(trainer.metrics()._replace(clips_per_s=0.0, data_wait_share=0.0))
+            found["metrics"].append(trainer.metrics()._replace(clips_per_s=0.0, data_wait_share=0.0, flops_per_s=0.0))
             if trainer.place.step == STOP:
                 found["stopped"] = trainer.state()
         found["score"] = trainer.evaluate(corner_clips(7, seed=1, config=trainer.model.config), 0.5, batch_size=2)

@@ -23,7 +23,7 @@ def run_all(trainer, clips):
     found = []
     while not trainer.done:
         for _ in trainer.run(clips):
-            found.append(trainer.metrics()._replace(clips_per_s=0.0, data_wait_share=0.0))
+            found.append(trainer.metrics()._replace(clips_per_s=0.0, data_wait_share=0.0, flops_per_s=0.0))
     return found
 
 
@@ -61,7 +61,7 @@ def test_resume_is_exact_after_every_step(name, tmp_path):
     through, reports, states = new_trainer(20, **settings), [], []
     while not through.done:
         for _ in through.run(clips):
-            reports.append(through.metrics()._replace(clips_per_s=0.0, data_wait_share=0.0))
+            reports.append(through.metrics()._replace(clips_per_s=0.0, data_wait_share=0.0, flops_per_s=0.0))
             states.append(through.state())
     assert [(r.stage, r.epoch, r.step) for r in reports[2:4]] == [("first", 1, 3), ("second", 1, 4)]
     assert len(reports) == 12
