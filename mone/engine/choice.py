@@ -1,0 +1,58 @@
+"""Which code runs the blocks of a nested encoder on tokens that are sorted by expert.
+
+Shapes: S sequences, N tokens, D model features, R class tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from mone.blocks import Neighbours
+from mone.engine.blocks import run_on_layout
+from mone.nested import Segments
+
+Engine = Literal["auto", "layout", "reference"]
+
+# Queries, keys and values that a processor computes at a time: glibc hands tensors of 32 MiB and more back to the
+# system as they are freed, and to get them again can cost as much as the product itself.
+_PROCESSOR_BYTES = 30 * 2**20
+
+
+def run_blocks(
+    engine: Engine,
+    blocks: nn.ModuleList,
+    x_SND: Tensor,
+    segments: Segments,
+    gains: Sequence[Tensor],
+    neighbours: Neighbours | None = None,
+    num_class_tokens: int = 0,
+) -> Tensor:
+    """Run all blocks and return what is read of them: the class tokens [S, R, D], or without any all tokens [S, N, D].
+
+    Args:
+        engine: "reference": block by block, as `mone.blocks` has it. "layout": as wide as each expert, in plain
+            PyTorch. "auto": the fastest that fits.
+        blocks: Of `mone.blocks.Block`.
+        x_SND: Tokens in expert-major order.
+        segments: Which rows go through which expert.
+        gains: For each block alpha r_j + 1 of each token [S, N, 1].
+        neighbours: As in `Block`.
+        num_class_tokens: R, at the end of a sequence.
+    """
+    if engine == "reference" or (engine == "auto" and _must_be_called(blocks)):
+        for block, gain_SN1 in zip(blocks, gains, strict=True):
+            x_SND = block(x_SND, segments, gain_SN1, neighbours)
+        return x_SND[:, -num_class_tokens:] if num_class_tokens else x_SND
+    if x_SND.device.type == "cpu" and not torch.is_grad_enabled() and neighbours is None and x_SND.numel():
+        few = max(1, _PROCESSOR_BYTES // (3 * x_SND[0].numel() * x_SND.element_size()))
+        parts = zip(x_SND.split(few), *(gain_SN1.split(few) for gain_SN1 in gains), strict=True)
+        return torch.cat([run_on_layout(blocks, x, segments, own, None, num_class_tokens) for x, *own in parts])
+    return run_on_layout(blocks, x_SND, segments, gains, neighbours, num_class_tokens)
+
+
+def _must_be_called(blocks: nn.ModuleList) -> bool:
+    """FSDP gathers the weights of a block that is called; torch.compile and torch.export fuse for themselves."""
+    return torch.compiler.is_compiling() or any(isinstance(block, FSDPModule) for block in blocks)
