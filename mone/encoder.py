@@ -77,8 +77,8 @@ class NestedEncoder(nn.Module):
         x_SND = torch.cat([x_SND, classes_KD.expand(x_SND.shape[0], -1, -1)], dim=1)
         weight_SN1 = F.pad(weight_SN1, (0, 0, 0, num_class_tokens))
         segments = segments_of(counts, config.widths, num_class_tokens)
-        gains = [(alpha * weight_SN1 + 1).to(x_SND.dtype) for alpha in self.bounded_alphas()]
-        x_SND = run_blocks(self.engine, self.blocks, x_SND, segments, gains, neighbours, num_class_tokens)
+        gain_LSN1 = (self.bounded_alphas().view(-1, 1, 1, 1) * weight_SN1 + 1).to(x_SND.dtype)
+        x_SND = run_blocks(self.engine, self.blocks, x_SND, segments, gain_LSN1, neighbours, num_class_tokens)
         if num_class_tokens:
             pooled = x_SND
         elif neighbours:

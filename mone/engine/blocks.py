@@ -7,7 +7,6 @@ is read is computed: where class tokens are, their own queries and MLP.
 Shapes: S sequences, N tokens, D model features, R class tokens, n and d tokens and width of a segment, L blocks.
 """
 
-from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -27,7 +26,7 @@ def run_on_layout(
     blocks: nn.ModuleList,
     x_SND: Tensor,
     segments: Segments,
-    gains: Sequence[Tensor],
+    gain_LSN1: Tensor,
     neighbours: Neighbours | None = None,
     num_class_tokens: int = 0,
 ) -> Tensor:
@@ -37,21 +36,21 @@ def run_on_layout(
         blocks: Of `mone.blocks.Block`; their weights are read where they are.
         x_SND: Tokens in expert-major order.
         segments: Which rows go through which expert.
-        gains: For each block alpha r_j + 1 of each token [S, N, 1].
+        gain_LSN1: alpha r_j + 1 of each token, for each block.
         neighbours: As in `Block`.
         num_class_tokens: R, which end a sequence and are all that is read of it, or 0: everything is.
 
     Returns:
         The class tokens [S, R, D], or all tokens [S, N, D].
     """
-    dtype = _compute_dtype(x_SND)
+    dtype = compute_dtype(x_SND)
     heads, tails = to_layout(x_SND, segments)
     *others, last = [cast(Block, block) for block in blocks]
-    for block, gain_SN1 in zip(others, gains, strict=False):
+    for block, gain_SN1 in zip(others, gain_LSN1, strict=False):
         heads = _block(block, Layout(heads, tails), segments, gain_SN1, neighbours, dtype)
     if num_class_tokens:
-        return _class_tokens(last, Layout(heads, tails), gains[-1], neighbours, num_class_tokens, dtype)
-    heads = _block(last, Layout(heads, tails), segments, gains[-1], neighbours, dtype)
+        return _class_tokens(last, Layout(heads, tails), gain_LSN1[-1], neighbours, num_class_tokens, dtype)
+    heads = _block(last, Layout(heads, tails), segments, gain_LSN1[-1], neighbours, dtype)
     return from_layout(heads, x_SND, segments)
 
 
@@ -91,10 +90,16 @@ def _class_tokens(
     q_SRD = F.linear(normal[-1][:, -num_class_tokens:], weight[:dim].to(dtype), bias[:dim].to(dtype))
     dropout = attention.dropout if block.training else 0.0
     mixed_SRD = attend_last(q_SRD, kv_SNX, attention.num_heads, neighbours, dropout)
-    output_SRD = F.linear(mixed_SRD, attention.out.weight.to(dtype), attention.out.bias.to(dtype))
-    (z_SRD,) = _residual([layout.heads[-1][:, -num_class_tokens:]], [output_SRD], block.branch)
+    return finish(block, layout.heads[-1][:, -num_class_tokens:], mixed_SRD, gain_SN1[:, -num_class_tokens:])
+
+
+def finish(block: Block, x_SRD: Tensor, mixed_SRD: Tensor, gain_SR1: Tensor) -> Tensor:
+    """What a block does after attention has mixed values, at full width."""
+    out, dtype = block.attention.out, mixed_SRD.dtype
+    output_SRD = F.linear(mixed_SRD, out.weight.to(dtype), out.bias.to(dtype))
+    (z_SRD,) = _residual([x_SRD], [output_SRD], block.branch)
     (output_SRD,) = nested_mlp(block.mlp, _norms([z_SRD], [None], block.norm_mlp, dtype))
-    return _residual([z_SRD], [gain_SN1[:, -num_class_tokens:] * output_SRD], block.branch)[0]
+    return _residual([z_SRD], [gain_SR1 * output_SRD], block.branch)[0]
 
 
 def _norms(heads: list[Tensor], tails: list[Tail | None], norm: nn.LayerNorm, dtype: torch.dtype) -> list[Tensor]:
@@ -107,7 +112,7 @@ def _residual(heads: list[Tensor], outputs: list[Tensor], branch: Branch) -> lis
     return [head + branch.thin(output, kept_S11) for head, output in zip(heads, outputs, strict=True)]
 
 
-def _compute_dtype(x_SND: Tensor) -> torch.dtype:
+def compute_dtype(x_SND: Tensor) -> torch.dtype:
     """Of matrix products."""
     device = x_SND.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_SND.dtype
