@@ -10,13 +10,10 @@ _casts: dict[int, tuple[int, Tensor]] = {}
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight itself where it has the dtype, else a copy, made anew where the weight was written to since.
-
-    Not while a CUDA graph is captured: a graph must see what is written later, so there it is cast each time.
-    """
+    """The weight itself where it has the dtype, else a copy, made anew where the weight was written to since."""
     if weight.dtype == dtype:
         return weight.detach()
-    if weight.is_inference() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if weight.is_inference():
         return weight.detach().to(dtype)
     version, copy = _casts.get(id(weight), (-1, weight))
     if version != weight._version or copy.dtype != dtype or copy.device != weight.device:

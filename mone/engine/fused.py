@@ -20,19 +20,38 @@ from mone.engine.casts import cast as cast_weight
 from mone.engine.kernels.attention import attend_rows
 from mone.engine.kernels.enter import enter_rows
 from mone.engine.kernels.gemm import Tiling, grouped_gemm
+from mone.engine.kernels.narrow_mlp import narrow_mlp
 from mone.engine.kernels.norm import PADDING, norm_rows
 from mone.engine.layout import from_layout
 from mone.engine.rows import Places, Run, num_rows, places_of, row_of_token, runs_of, tiles_of
 from mone.nested import Segments
 
 
+class Attending(NamedTuple):
+    """How attention is cut: queries of a program, keys taken at a time, warps, stages of loads."""
+
+    block_q: int = 64
+    block_k: int = 64
+    warps: int = 4
+    stages: int = 2
+
+
 class Tilings(NamedTuple):
-    """How each of a block's products is cut into tiles."""
+    """How each of a block's parts is cut into tiles.
+
+    Attributes:
+        qkv, out, up, down: The products.
+        narrow: The MLP of experts of at most `narrow_width` features, in one launch.
+        attention: Attention.
+    """
 
     qkv: Tiling = Tiling(128, 256, 64, 8, 3)
     out: Tiling = Tiling(128, 128, 64, 8, 4)
     up: Tiling = Tiling(128, 256, 64, 8, 3)
     down: Tiling = Tiling(128, 128, 64, 8, 4)
+    narrow: Tiling = Tiling(128, 64, 64, 8, 3)
+    narrow_width: int = 0
+    attention: Attending = Attending()
 
 
 class _Buffers(NamedTuple):
@@ -120,13 +139,22 @@ def _block(
     attention, mlp, dim = block.attention, block.mlp, buffers.head_RD.shape[1]
     _norm(block.norm_attention, buffers, runs)
     _project(attention.qkv, buffers.normal_RD, buffers.qkv_RX, runs, tilings.qkv, range(3 * dim))
-    attend_rows(buffers.qkv_RX, buffers.mixed_RD, places, attention.num_heads)
+    attend_rows(buffers.qkv_RX, buffers.mixed_RD, places, attention.num_heads, **tilings.attention._asdict())
     _project_out(attention.out, buffers.mixed_RD, buffers.head_RD, runs, tilings.out)
     _norm(block.norm_mlp, buffers, runs)
     activation = "gelu_tanh" if mlp.activation.approximate == "tanh" else "gelu"
-    hidden = range(mlp.up.out_features)
-    _project(mlp.up, buffers.normal_RD, buffers.hidden_RH, runs, tilings.up, hidden, activation=activation)
-    _project_out(mlp.down, buffers.hidden_RH, buffers.head_RD, runs, tilings.down, gain_R)
+    hidden, dtype = range(mlp.up.out_features), buffers.normal_RD.dtype
+    narrow = tuple(run for run in runs if run.width <= tilings.narrow_width)
+    if wide := tuple(run for run in runs if run not in narrow):
+        _project(mlp.up, buffers.normal_RD, buffers.hidden_RH, wide, tilings.up, hidden, activation=activation)
+        _project_out(mlp.down, buffers.hidden_RH, buffers.head_RD, wide, tilings.down, gain_R)
+    for run in narrow:
+        up_HD, down_DH = cast_weight(mlp.up.weight, dtype), cast_weight(mlp.down.weight, dtype)
+        narrow_mlp(
+            *(buffers.normal_RD, up_HD, mlp.up.bias, down_DH, mlp.down.bias, buffers.head_RD, run, gain_R),
+            tiling=tilings.narrow,
+            activation=activation,
+        )
 
 
 def _class_tokens(

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mone.engine.rows import Places
 
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 
 @triton.jit
 def _scores(keys_at, values_at, row, inside, query, best, total, mixed, stride):

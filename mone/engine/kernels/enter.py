@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 
 @triton.jit
 def _enter(

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 
 class Tiling(NamedTuple):
     """Sizes of a tile, and how a program runs: warps, stages of loads in flight, programs on a processor."""
@@ -43,7 +45,7 @@ def gelu_tanh(x):
     return x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _grouped_gemm(
     rows_desc,
     weight_desc,

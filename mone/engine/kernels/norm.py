@@ -17,6 +17,8 @@ _VALUES = 4096
 # Zeros are written up to the next multiple of this past a row's width: a tile of a product reads so far.
 PADDING = 64
 
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 
 @triton.jit
 def _norm_rows(
