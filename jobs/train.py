@@ -22,6 +22,7 @@ from jobs.run_log import RunLog, showing
 from jobs.training_data import MOTIONS_DATA, TrainingData, load_in_memory, training_data, worker_sources
 from mone.baselines import METHODS, with_method
 from mone.checkpoint import Checkpoint, read_checkpoint, write_whole
+from mone.engine.choice import Engine
 from mone.parallel import Parallel
 from mone.training import DivergedError
 from pipelines.train_loop import MODEL_DIR, LocalLink, Sources, TrainJob, train_loop
@@ -73,6 +74,8 @@ class Train:
     """Of weights, order and draws."""
     device: str = ""
     """"cuda", "cpu"; default the GPU where there is one. Without --num-workers."""
+    engine: Engine = "auto"
+    """Code that runs the model's blocks, "reference" being the plainest; all compute the same (docs/performance.md)."""
     log_samples: bool = False
     """Write down which samples each step saw, in DIR/samples."""
     address: str = ""
@@ -98,6 +101,7 @@ def train(config: Train) -> None:
         notes=_notes(config, recipe),
         checkpoint_every=config.checkpoint_every,
         log_samples=config.log_samples,
+        engine=config.engine,
     )
     try:
         if workers == 0:

@@ -54,6 +54,10 @@ class Tilings(NamedTuple):
     attention: Attending = Attending()
 
 
+# A float32 stream takes twice the shared memory where a product is added to it.
+_WIDE_STREAM = Tilings(out=Tiling(128, 128, 64, 8, 3), down=Tiling(128, 128, 64, 8, 3))
+
+
 class _Buffers(NamedTuple):
     """What all blocks share, in expert-major order.
 
@@ -92,7 +96,7 @@ def run_on_rows(
     tilings: Tilings | None = None,
 ) -> Tensor:
     """Run all blocks; as `blocks.run_on_layout`, without gradients."""
-    tilings = tilings or Tilings()
+    tilings = tilings or (_WIDE_STREAM if x_SND.dtype == torch.float32 else Tilings())
     runs = runs_of(segments, x_SND.shape[0])
     row_SN = _rows(runs, x_SND.shape[0], x_SND.device)
     buffers = _enter(blocks, x_SND.contiguous(), runs, row_SN)
