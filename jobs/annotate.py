@@ -20,6 +20,7 @@ from jobs.run_record import read_run, timestamp, totals_record, versions, write_
 from mone.baselines import capacities_of
 from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint
+from mone.engine.choice import Engine
 from pipelines.annotate import MANIFEST_DIR, Settings, write_annotations, write_manifest
 from pipelines.archive import list_videos
 from pipelines.commit import ANNOTATIONS_DIR
@@ -48,6 +49,8 @@ class Annotate(TokenArguments):
     """Clips of a forward pass; 0 picks 64 on a GPU, 16 on a CPU."""
     num_model_workers: int = 0
     """Model processes at most; 0 means one per GPU, or one per two CPUs."""
+    engine: Engine = "auto"
+    """Code that runs the model's blocks, "reference" being the plainest; all compute the same (docs/performance.md)."""
     max_failed_share: float = 0.5
     """Exit with status 1 where more clips failed than this share (all rows are written all the same)."""
     address: str = ""
@@ -111,6 +114,7 @@ def check(config: Annotate) -> tuple[Checkpoint, Settings]:
         top_k=config.top_k,
         batch_size=config.batch_size,
         num_model_workers=config.num_model_workers,
+        engine=config.engine,
     )
 
 

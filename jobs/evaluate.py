@@ -20,6 +20,7 @@ from jobs.inputs import BUNDLED_MODEL, TokenArguments, load_model
 from mone.baselines import capacities_of, with_method
 from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint
+from mone.engine.choice import Engine
 from pipelines.archive import Video, list_labelled
 from pipelines.evaluate import ScoredClip, score_videos
 
@@ -42,6 +43,8 @@ class Evaluate(TokenArguments):
     method: str = "mone"
     """The model as it is, or a baseline on its weights (mone/baselines.py): dense, random_router, uniform,
     proportionate, submodel, token_drop, tome."""
+    engine: Engine = "auto"
+    """Code that runs the model's blocks, "reference" being the plainest; all compute the same (docs/performance.md)."""
     address: str = ""
     """Ray cluster; default RAY_ADDRESS, else Ray starts here."""
 
@@ -60,9 +63,8 @@ def evaluate(config: Evaluate) -> None:
         options = config.tokens(checkpoint.config)
         videos = _select(config, checkpoint)
     with connected(config.address):
-        scored = list(
-            tqdm(score_videos(videos, plan, checkpoint, capacities, options), "evaluate", unit="clip", mininterval=1)
-        )
+        scores = score_videos(videos, plan, checkpoint, capacities, options, config.engine)
+        scored = list(tqdm(scores, "evaluate", unit="clip", mininterval=1))
     result = _result(scored, capacities, config, checkpoint)
     print(_table(result))
     print(json.dumps(result))

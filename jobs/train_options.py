@@ -9,6 +9,7 @@ from typing import Literal
 from jobs.cli import UserError
 from jobs.inputs import choose_device
 from jobs.recipes import RECIPES
+from mone.engine.choice import Engine
 
 # Options that decide the model, beside recipe and method.
 DECISIVE = (
@@ -67,6 +68,8 @@ class Train:
     """Of weights, order and draws."""
     device: str = ""
     """"cuda", "cpu"; default the GPU where there is one. Without --num-workers."""
+    engine: Engine = "auto"
+    """Code that runs the model's blocks, "reference" being the plainest; all compute the same (docs/performance.md)."""
     log_samples: bool = False
     """Write down which samples each step saw, in DIR/samples."""
     address: str = ""

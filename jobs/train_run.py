@@ -43,6 +43,7 @@ def prepare(config: Train) -> tuple[int | tuple[int, int], TrainJob, TrainingDat
         notes=_notes(config, recipe),
         checkpoint_every=config.checkpoint_every,
         log_samples=config.log_samples,
+        engine=config.engine,
     )
     return workers, job, data
 

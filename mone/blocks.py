@@ -102,14 +102,20 @@ class Branch(nn.Module):
 
     def forward(self, x_SND: Tensor) -> Tensor:
         """[S, N, D] -> [S, N, D]; the identity in evaluation."""
-        if not self.training:
-            return x_SND
-        if self.dropout:
+        return self.thin(x_SND, self.draw_kept(x_SND))
+
+    def draw_kept(self, x_SND: Tensor) -> Tensor | None:
+        """Factors [S, 1, 1] of mean 1 that are 0 for sequences whose branch is skipped; None where none are."""
+        if not (self.training and self.drop_path):
+            return None
+        kept_S11 = torch.rand(x_SND.shape[0], 1, 1, device=x_SND.device) >= self.drop_path
+        return kept_S11 / (1 - self.drop_path)
+
+    def thin(self, x_SND: Tensor, kept_S11: Tensor | None) -> Tensor:
+        """Dropout, and the factors of `draw_kept`."""
+        if self.training and self.dropout:
             x_SND = F.dropout(x_SND, self.dropout)
-        if self.drop_path:
-            kept = torch.rand(x_SND.shape[0], 1, 1, device=x_SND.device) >= self.drop_path
-            x_SND = x_SND * (kept / (1 - self.drop_path)).to(x_SND.dtype)
-        return x_SND
+        return x_SND if kept_S11 is None else x_SND * kept_S11.to(x_SND.dtype)
 
 
 class Block(nn.Module):

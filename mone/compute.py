@@ -2,7 +2,8 @@
 
 Everything is in floating-point operations, 2 per multiply-add. (Both papers print "GFLOPs" and mean multiply-adds.)
 Counted: every matrix product. Not counted: LayerNorm, softmax, GELU, adds and the sort, together about 1 % at ViViT-B.
-`torch.utils.flop_counter` counts the same operations, and a test holds the two equal.
+`torch.utils.flop_counter` counts the same operations in the reference, and a test holds the two equal. The engine does
+fewer: in the last block it leaves out what is not read (`mone.engine.blocks`), at any capacity alike.
 """
 
 import re

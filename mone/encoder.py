@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mone.blocks import Neighbours, last_kept, make_blocks, take
 from mone.config import ModelConfig
+from mone.engine.choice import Engine, run_blocks
 from mone.nested import Segment, segments_of
 from mone.routing import RoutingPlan, expert_preferred_routing, make_router, merge_frames
 
@@ -21,7 +22,12 @@ class NestedEncoder(nn.Module):
     """Routes tokens once, then runs all blocks in expert-major order.
 
     Attention, MLP and pooling treat tokens as a set: sorted once, nothing is ever sorted back.
+
+    Attributes:
+        engine: Which code runs the blocks, see `mone.engine.choice`; not a property of the model, and not saved.
     """
+
+    engine: Engine = "auto"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -71,10 +77,10 @@ class NestedEncoder(nn.Module):
         x_SND = torch.cat([x_SND, classes_KD.expand(x_SND.shape[0], -1, -1)], dim=1)
         weight_SN1 = F.pad(weight_SN1, (0, 0, 0, num_class_tokens))
         segments = segments_of(counts, config.widths, num_class_tokens)
-        for block, alpha in zip(self.blocks, self.bounded_alphas(), strict=True):
-            x_SND = block(x_SND, segments, (alpha * weight_SN1 + 1).to(x_SND.dtype), neighbours)
+        gain_LSN1 = (self.bounded_alphas().view(-1, 1, 1, 1) * weight_SN1 + 1).to(x_SND.dtype)
+        x_SND = run_blocks(self.engine, self.blocks, x_SND, segments, gain_LSN1, neighbours, num_class_tokens)
         if num_class_tokens:
-            pooled = x_SND[:, -num_class_tokens:]
+            pooled = x_SND
         elif neighbours:
             pooled = neighbours.split(x_SND).mean(dim=1)
         else:

@@ -14,6 +14,7 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from mone.checkpoint import Checkpoint
 from mone.config import ModelConfig
+from mone.engine.choice import Engine
 from pipelines.archive import Video
 from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, write_remaining
 from pipelines.manifest import plan_video
@@ -49,6 +50,7 @@ class Settings:
         top_k: Labels kept per clip.
         batch_size: Clips of a forward pass; 0 picks by device.
         num_model_workers: Model processes; 0 means one per GPU, or one per two CPUs where there is no GPU.
+        engine: Which code runs the model's blocks.
     """
 
     capacity: float
@@ -56,6 +58,7 @@ class Settings:
     top_k: int = 5
     batch_size: int = 0
     num_model_workers: int = 0
+    engine: Engine = "auto"
 
 
 def write_manifest(videos: Iterable[Video], plan: ClipPlan, output: Path) -> None:
@@ -79,7 +82,7 @@ def write_annotations(output: Path, checkpoint: Checkpoint, settings: Settings) 
     annotated = model_stage(
         tokenize_stage(remaining, checkpoint.config, settings.tokens),
         Annotator,
-        (checkpoint, settings.capacity, settings.top_k),
+        (checkpoint, settings.capacity, settings.top_k, settings.engine),
         batch_size=settings.batch_size,
         num_workers=settings.num_model_workers,
     )

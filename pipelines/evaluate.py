@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from mone.checkpoint import Checkpoint
+from mone.engine.choice import Engine
 from pipelines.annotate import model_stage, plan_stage, tokenize_stage
 from pipelines.archive import Video
 from pipelines.predict import Annotator
@@ -51,9 +52,9 @@ class ScoredClip(NamedTuple):
 class Scorer:
     """A model at K capacities, as a callable for Ray Data: DECODED rows to scored rows."""
 
-    def __init__(self, checkpoint: Checkpoint, capacities: tuple[float, ...]) -> None:
+    def __init__(self, checkpoint: Checkpoint, capacities: tuple[float, ...], engine: Engine = "auto") -> None:
         self.config = checkpoint.config
-        self.annotator = Annotator(checkpoint, capacities[0], top_k=1)
+        self.annotator = Annotator(checkpoint, capacities[0], top_k=1, engine=engine)
         self.capacities = capacities
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
@@ -77,10 +78,11 @@ def score_videos(
     checkpoint: Checkpoint,
     capacities: tuple[float, ...],
     options: TokenOptions = WHOLE_CLIPS,
+    engine: Engine = "auto",
 ) -> Iterator[ScoredClip]:
     """Every clip of labelled videos with its class probabilities at each capacity, in no particular order."""
     decoded = tokenize_stage(plan_stage(videos, plan), checkpoint.config, options)
-    scored = model_stage(decoded, Scorer, (checkpoint, capacities))
+    scored = model_stage(decoded, Scorer, (checkpoint, capacities, engine))
     for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in pa.table(batch).to_pylist():
             probabilities = np.array(row["probabilities"], dtype=np.float32)

@@ -10,6 +10,7 @@ import torch
 from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint
 from mone.compute import Compute, clip_compute
+from mone.engine.choice import Engine
 from pipelines.schema import ANNOTATIONS, Status
 from pipelines.tokenize import Tokens, tokens_of
 
@@ -26,13 +27,14 @@ class _Answer:
 class Annotator:
     """A model at one capacity, as a callable for Ray Data: DECODED rows to ANNOTATIONS rows, one for one, in order."""
 
-    def __init__(self, checkpoint: Checkpoint, capacity: float, top_k: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, capacity: float, top_k: int, engine: Engine = "auto") -> None:
         """Load the model on the GPU that this process was given, else on the CPU."""
         self.checkpoint, self.capacity = checkpoint, capacity
         self.top_k = min(top_k, checkpoint.config.num_classes)
         check_capacity(capacity, checkpoint.config.num_experts)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = checkpoint.build(self.device)
+        self.model.encoder.engine = engine
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Annotate a batch. Nothing raises: a clip that the model cannot take is a row with `model_error`."""

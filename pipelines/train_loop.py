@@ -14,6 +14,7 @@ from mone.clips import Batch, ClipSource
 from mone.compute import clip_compute, peak_flops_per_s
 from mone.config import ModelConfig
 from mone.curve import measure
+from mone.engine.choice import Engine
 from mone.model import ViViT
 from mone.parallel import Parallel
 from mone.stages import TrainConfig
@@ -41,6 +42,7 @@ class TrainJob:
         checkpoint_every: Steps from one checkpoint to the next; an epoch's end is one too.
         log_every: Steps between lines of metrics.
         log_samples: Write down which samples each step saw.
+        engine: Which code runs the model's blocks.
     """
 
     model: ModelConfig
@@ -54,6 +56,7 @@ class TrainJob:
     checkpoint_every: int = 500
     log_every: int = 20
     log_samples: bool = False
+    engine: Engine = "auto"
 
 
 class Link(Protocol):
@@ -124,6 +127,7 @@ def new_model(job: TrainJob) -> ViViT:
     """The model at the start of the run, the same on every worker."""
     torch.manual_seed(job.train.seed)
     model = ViViT(job.model)
+    model.encoder.engine = job.engine
     if job.init:
         initialise_from(model, read_checkpoint(job.init), labels=job.labels)
     return model

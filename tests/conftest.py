@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+# Without a GPU, Triton's kernels run in its interpreter, which has to be chosen before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from mone.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from mone.config import ModelConfig
 from mone.model import ViViT

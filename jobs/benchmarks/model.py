@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from jobs.benchmarks.compiled import fastest_compiled
 from jobs.benchmarks.models import ARITHMETICS
 from jobs.benchmarks.report import Report, aligned
 from jobs.cli import UserError, checking_input
@@ -22,8 +23,11 @@ from mone.baselines import capacities_of, sharing_weights, with_method
 from mone.capacity import check_capacity
 from mone.compute import clip_compute
 from mone.config import ModelConfig, preset
+from mone.engine.graphs import Replayed
 from mone.model import ViViT
 from mone.static import kept_patches
+
+RowEngine = Literal["auto", "triton", "layout", "reference", "compiled", "replayed"]
 
 # Shorter measurements say more about the clock than about the model.
 _SHORTEST_S = 0.02
@@ -70,6 +74,10 @@ class ModelSpeed:
     """"cuda", "cpu"; default the GPU where there is one."""
     repeats: int = 7
     """Measurements of each row; odd, so that the median is one of them."""
+    engine: tuple[RowEngine, ...] = ("auto",)
+    """Code that runs the blocks; with several, a row for each, all compared with dense on the first. "compiled" is the
+    reference under torch.compile, at the fastest of its modes and attention kernels; "replayed" is "auto" from a CUDA
+    graph."""
     compile: bool = False
     """torch.compile each row, for its fixed shapes."""
 
@@ -80,7 +88,8 @@ class ModelSpeed:
         dtype = self.dtype or ("bf16" if device.type == "cuda" else "float32")
         base = load().to(ARITHMETICS[dtype].weights)
         clips = {drop: _clips(base.config, self, drop).to(device) for drop in {case.drop_static for case in cases}}
-        compiling = _room_to_compile(len(cases)) if self.compile else nullcontext()
+        compiling = self.compile or "compiled" in self.engine
+        compiling = _room_to_compile(8 * len(cases)) if compiling else nullcontext()
         with compiling, torch.inference_mode(), ARITHMETICS[dtype].context(device):
             variants = [_variant(base, case, clips[case.drop_static], self.compile) for case in cases]
             times = _times(variants, device, self.repeats)
@@ -102,6 +111,10 @@ class ModelSpeed:
             raise UserError(f"--repeats must be odd, got {self.repeats}")
         if self.batch_size < 1:
             raise UserError(f"--batch-size must be at least 1, got {self.batch_size}")
+        if not self.engine:
+            raise UserError("give at least one --engine")
+        if "replayed" in self.engine and device.type != "cuda":
+            raise UserError("--engine replayed needs a CUDA device")
         if not self.capacity:
             raise UserError("give at least one --capacity")
         config, load = self._stored(device) if self.model else self._random(device)
@@ -109,7 +122,8 @@ class ModelSpeed:
             for capacity in self.capacity:
                 check_capacity(capacity, config.num_experts)
             cases = [
-                _Case(method, capacity)
+                _Case(method, capacity, engine=engine)
+                for engine in dict.fromkeys(self.engine)
                 for method in dict.fromkeys(("dense", *self.methods))
                 for capacity in dict.fromkeys(capacities_of(method, config, self.capacity))
             ]
@@ -155,6 +169,7 @@ class _Case(NamedTuple):
     method: str
     capacity: float
     drop_static: bool = False
+    engine: RowEngine = "auto"
 
 
 class _Clips(NamedTuple):
@@ -207,12 +222,20 @@ def _variant(base: ViViT, case: _Case, clips: _Clips, compiled: bool) -> _Varian
     num_kept = None if clips.kept_BK is None else clips.kept_BK.shape[1]
     counts = config.token_counts(case.capacity, num_kept)  # here, so that there is nothing but tensors to trace
     model = sharing_weights(base, config)
-    run = torch.compile(model, dynamic=False) if compiled else model
+    arguments = {"patches": clips.patches, "counts": counts, "kept_BK": clips.kept_BK}
+    if case.engine == "compiled":
+        model.encoder.engine = "reference"
+        run = fastest_compiled(model, arguments)
+    elif case.engine == "replayed":
+        run = Replayed(model)
+    else:
+        model.encoder.engine = case.engine
+        run = torch.compile(model, dynamic=False) if compiled else model
     return _Variant(
         case=case,
         static_share=1 - num_kept / (config.num_indices * config.num_tokens) if num_kept else 0.0,
         flops=clip_compute(config, case.capacity, num_kept).flops,
-        forward=lambda: run(clips.patches, counts=counts, kept_BK=clips.kept_BK).logits_BC,
+        forward=lambda: run(**arguments).logits_BC,
     )
 
 
@@ -255,7 +278,8 @@ def _warm_up(variant: _Variant, device: torch.device) -> tuple[int, int | None]:
     """Iterations that a measurement needs, and the peak of memory, weights and all."""
     on_gpu, iterations = device.type == "cuda", 1
     try:
-        variant.forward()
+        for _ in range(2):  # a CUDA graph is captured at the second
+            variant.forward()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         while _seconds(variant.forward, iterations, device) < _SHORTEST_S:
@@ -289,6 +313,7 @@ def _row(variant: _Variant, times: _Times, dense: _Variant, dense_times: _Times,
     return {
         "method": variant.case.method,
         "capacity": variant.case.capacity,
+        "engine": variant.case.engine,
         "static_share": variant.static_share,
         "flops_per_clip": variant.flops,
         "dense_flops_per_clip": dense.flops,
@@ -308,7 +333,7 @@ def _row(variant: _Variant, times: _Times, dense: _Variant, dense_times: _Times,
 
 def _table(rows: list[dict[str, Any]]) -> str:
     header = [
-        *("method", "capacity", "static", "of dense FLOPs", "GFLOP/clip", "ms/batch", "min..max", "clips/s"),
+        *("method", "capacity", "engine", "static", "of dense FLOPs", "GFLOP/clip", "ms/batch", "min..max", "clips/s"),
         *("times faster", "min..max", "realised", "TFLOP/s", "peak GiB"),
     ]
     return aligned(header, [_cells(row) for row in rows])
@@ -319,6 +344,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         row["method"],
         f"{row['capacity']:.3g}",
+        row["engine"],
         f"{row['static_share']:.0%}",
         f"{row['flops_share']:.1%}",
         f"{row['flops_per_clip'] / 1e9:.3f}",

@@ -17,6 +17,7 @@ from mone.capacity import check_capacity
 from mone.clips import MemoryClips
 from mone.compute import peak_flops_per_s, training_flops
 from mone.config import ModelConfig, preset
+from mone.engine.choice import Engine
 from mone.model import ViViT
 from mone.parallel import Parallel
 from mone.stages import Stage, TrainConfig
@@ -48,6 +49,8 @@ class TrainSpeed:
     """Names from mone/baselines.py; dense is always measured, to compare with."""
     capacity: tuple[float, ...] = (0.4,)
     """Effective capacities."""
+    engine: tuple[Engine, ...] = ("auto",)
+    """Code that runs the blocks; with several, a row for each, all compared with dense on the first."""
     batch_size: int = 8
     """Clips of a step."""
     device: str = ""
@@ -67,7 +70,10 @@ class TrainSpeed:
             self._row(variant, [repeat[index] for repeat in times_s], [repeat[0] for repeat in times_s], device)
             for index, variant in enumerate(variants)
         ]
-        header = ("method", "capacity", "ms/step", "min..max", "clips/s", "times faster", "min..max", "MFU", "step GiB")
+        header = (
+            *("method", "capacity", "engine", "ms/step", "min..max", "clips/s", "times faster", "min..max", "MFU"),
+            "step GiB",
+        )
         table = aligned(header, [_cells(row) for row in rows])
         sizes = f"{self.preset}, {self.frames} frames of {self.size} x {self.size}, batches of {self.batch_size}"
         return Report(table=f"{sizes}\n{table}", rows=rows, device=device)
@@ -78,6 +84,8 @@ class TrainSpeed:
         for name in ("batch_size", "steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not self.engine:
+            raise UserError("give at least one --engine")
         with checking_input():
             joint = {"encoder": self.encoder} if self.encoder == "joint" else {}
             sizes = {"num_frames": self.frames, "height_px": self.size, "width_px": self.size}
@@ -85,7 +93,8 @@ class TrainSpeed:
             for capacity in self.capacity:
                 check_capacity(capacity, config.num_experts)
             return [
-                _Case(method, capacity, with_method(config, method))
+                _Case(method, capacity, with_method(config, method), engine)
+                for engine in dict.fromkeys(self.engine)
                 for method in dict.fromkeys(("dense", *self.methods))
                 for capacity in dict.fromkeys(capacities_of(method, config, self.capacity))
             ]
@@ -101,6 +110,7 @@ class TrainSpeed:
         return {
             "method": variant.case.method,
             "capacity": variant.case.capacity,
+            "engine": variant.case.engine,
             "step_ms": median_s * 1e3,
             "step_ms_repeats": [1e3 * value for value in times_s],
             "clips_per_s": self.batch_size / median_s,
@@ -117,6 +127,7 @@ class _Case(NamedTuple):
     method: str
     capacity: float
     config: ModelConfig
+    engine: Engine
 
 
 class _Variant:
@@ -133,7 +144,9 @@ class _Variant:
         labels = torch.arange(options.batch_size) % size.num_classes
         torch.manual_seed(0)
         self.clips = MemoryClips(torch.from_numpy(pixels), labels).to(device)
-        self.trainer = Trainer(ViViT(size), config, options.batch_size, Parallel(device))
+        model = ViViT(size)
+        model.encoder.engine = case.engine
+        self.trainer = Trainer(model, config, options.batch_size, Parallel(device))
         self.step_bytes: int | None = None
         for _ in range(_WARM_UP_STEPS):
             self.step()
@@ -167,6 +180,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["method"],
         f"{row['capacity']:.3g}",
+        row["engine"],
         f"{row['step_ms']:.1f}",
         f"{spread[0]:.1f}..{spread[1]:.1f}",
         f"{row['clips_per_s']:.1f}",

@@ -43,10 +43,10 @@ def _on_one_cpu_without_ray(monkeypatch):
 def loop(monkeypatch) -> None:
     """Score in a loop over the graph's own functions; that the graph says the same is tested with Ray elsewhere."""
 
-    def score_videos(videos, plan, checkpoint, capacities, options):
+    def score_videos(videos, plan, checkpoint, capacities, options, engine):
         clips = [dataclasses.asdict(clip) for video in videos for clip in plan_video(video, plan)]
         decoded = tokenize_table(pa.Table.from_pylist(clips, schema=MANIFEST), checkpoint.config, options)
-        for row in Scorer(checkpoint, capacities)(decoded).to_pylist():
+        for row in Scorer(checkpoint, capacities, engine)(decoded).to_pylist():
             scores_KC = np.array(row["probabilities"], dtype=np.float32).reshape(len(capacities), -1)
             yield ScoredClip(
                 row["video"], row["label"], row["error"], scores_KC, tuple(row["flops"]), row["dense_flops"]

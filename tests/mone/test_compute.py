@@ -21,6 +21,7 @@ CONFIGS = {
 
 def counted_flops(config, counts, num_kept=None):
     model, inputs = ViViT(config).eval(), some_inputs(config, num_kept, batch=1)
+    model.encoder.engine = "reference"
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs, counts=counts)
     return counter.get_total_flops()
@@ -128,6 +129,7 @@ def test_a_training_step_costs_three_forward_passes_but_for_the_gradient_of_the_
     config = small_config(**changes)
     counts = config.token_counts(0.4)
     model, inputs = ViViT(config), some_inputs(config, None, batch=1)
+    model.encoder.engine = "reference"
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs, counts=counts).logits_BC.sum().backward()
     pixels = 2 * config.num_indices * config.num_tokens * config.patch_values * config.dim

@@ -1,0 +1,73 @@
+"""Which code runs the blocks of a nested encoder on tokens that are sorted by expert.
+
+Shapes: S sequences, N tokens, D model features, R class tokens, L blocks.
+"""
+
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from mone.blocks import Neighbours
+from mone.engine.blocks import run_on_layout
+from mone.nested import Segments
+
+Engine = Literal["auto", "triton", "layout", "reference"]
+
+_TRITON = find_spec("triton") is not None
+
+# Queries, keys and values that a processor computes at a time: glibc hands tensors of 32 MiB and more back to the
+# system as they are freed, and to get them again can cost as much as the product itself.
+_PROCESSOR_BYTES = 30 * 2**20
+
+
+def run_blocks(
+    engine: Engine,
+    blocks: nn.ModuleList,
+    x_SND: Tensor,
+    segments: Segments,
+    gain_LSN1: Tensor,
+    neighbours: Neighbours | None = None,
+    num_class_tokens: int = 0,
+) -> Tensor:
+    """Run all blocks and return what is read of them: the class tokens [S, R, D], or without any all tokens [S, N, D].
+
+    Args:
+        engine: "reference": block by block, as `mone.blocks` has it. "layout": as wide as each expert, in plain
+            PyTorch. "triton": Triton kernels, without gradients. "auto": the fastest that fits.
+        blocks: Of `mone.blocks.Block`.
+        x_SND: Tokens in expert-major order.
+        segments: Which rows go through which expert.
+        gain_LSN1: alpha r_j + 1 of each token, for each block.
+        neighbours: As in `Block`.
+        num_class_tokens: R, at the end of a sequence.
+    """
+    if engine == "reference" or (engine == "auto" and _must_be_called(blocks)):
+        for block, gain_SN1 in zip(blocks, gain_LSN1, strict=True):
+            x_SND = block(x_SND, segments, gain_SN1, neighbours)
+        return x_SND[:, -num_class_tokens:] if num_class_tokens else x_SND
+    if engine == "triton" or (engine == "auto" and _has_kernels(blocks, x_SND)):
+        from mone.engine.fused import run_on_rows  # here: there may be no Triton
+
+        return run_on_rows(blocks, x_SND, segments, gain_LSN1, neighbours, num_class_tokens)
+    if x_SND.device.type == "cpu" and not torch.is_grad_enabled() and neighbours is None and x_SND.numel():
+        few = max(1, _PROCESSOR_BYTES // (3 * x_SND[0].numel() * x_SND.element_size()))
+        parts = zip(x_SND.split(few), gain_LSN1.split(few, dim=1), strict=True)
+        return torch.cat([run_on_layout(blocks, x, segments, gain, None, num_class_tokens) for x, gain in parts])
+    return run_on_layout(blocks, x_SND, segments, gain_LSN1, neighbours, num_class_tokens)
+
+
+def _has_kernels(blocks: nn.ModuleList, x_SND: Tensor) -> bool:
+    """Whether Triton kernels can run this: on a Hopper GPU or newer, in half precision, without gradients."""
+    if not (x_SND.is_cuda and _TRITON and torch.cuda.get_device_capability(x_SND.device) >= (9, 0)):
+        return False
+    from mone.engine.fused import fits_kernels
+
+    return fits_kernels(blocks, x_SND)
+
+
+def _must_be_called(blocks: nn.ModuleList) -> bool:
+    """FSDP gathers the weights of a block that is called; torch.compile and torch.export fuse for themselves."""
+    return torch.compiler.is_compiling() or any(isinstance(block, FSDPModule) for block in blocks)

@@ -1,0 +1,251 @@
+"""All blocks as a few Triton kernels each, for inference on a GPU.
+
+Tokens of all sequences are rows of one matrix, sorted by expert (`mone.engine.rows`). A block is seven launches:
+LayerNorm, projection to queries, keys and values, attention, projection out onto the residual stream, LayerNorm, and
+the two of the MLP. Each works on the rows of all experts.
+
+Shapes: S sequences, N tokens, R rows, D model features, H hidden features, C class tokens, L blocks.
+"""
+
+import functools
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mone.blocks import Block, Neighbours
+from mone.engine.blocks import compute_dtype, finish
+from mone.engine.casts import cast as cast_weight
+from mone.engine.kernels.attention import attend_rows
+from mone.engine.kernels.enter import enter_rows
+from mone.engine.kernels.gemm import Tiling, grouped_gemm
+from mone.engine.kernels.narrow_mlp import narrow_mlp
+from mone.engine.kernels.norm import PADDING, norm_rows
+from mone.engine.layout import from_layout
+from mone.engine.rows import Places, Run, num_rows, places_of, row_of_token, runs_of, tiles_of
+from mone.nested import Segments
+
+
+class Attending(NamedTuple):
+    """How attention is cut: queries of a program, keys taken at a time, warps, stages of loads."""
+
+    block_q: int = 64
+    block_k: int = 64
+    warps: int = 4
+    stages: int = 2
+
+
+class Tilings(NamedTuple):
+    """How each of a block's parts is cut into tiles.
+
+    Attributes:
+        qkv, out, up, down: The products.
+        narrow: The MLP of experts of at most `narrow_width` features, in one launch.
+        attention: Attention.
+    """
+
+    qkv: Tiling = Tiling(128, 256, 64, 8, 3)
+    out: Tiling = Tiling(128, 128, 64, 8, 4)
+    up: Tiling = Tiling(128, 256, 64, 8, 3)
+    down: Tiling = Tiling(128, 128, 64, 8, 4)
+    narrow: Tiling = Tiling(128, 64, 64, 8, 3)
+    narrow_width: int = 0
+    attention: Attending = Attending()
+
+
+# A float32 stream takes twice the shared memory where a product is added to it.
+_WIDE_STREAM = Tilings(out=Tiling(128, 128, 64, 8, 3), down=Tiling(128, 128, 64, 8, 3))
+
+
+class _Buffers(NamedTuple):
+    """What all blocks share, in expert-major order.
+
+    Attributes:
+        head_RD: Residual stream; each row has the width of its expert.
+        tail_mean_R, tail_spread_R: Of the features past it.
+        normal_RD: After LayerNorm.
+        qkv_RX, mixed_RD, hidden_RH: After projection, attention, and the first half of the MLP.
+    """
+
+    head_RD: Tensor
+    tail_mean_R: Tensor
+    tail_spread_R: Tensor
+    normal_RD: Tensor
+    qkv_RX: Tensor
+    mixed_RD: Tensor
+    hidden_RH: Tensor
+
+
+def fits_kernels(blocks: nn.ModuleList, x_SND: Tensor) -> bool:
+    """Whether the kernels take these sizes and dtypes, and no gradient is wanted."""
+    attention, dim = cast(Block, blocks[0]).attention, x_SND.shape[-1]
+    head_dim = dim // attention.num_heads
+    inference = not torch.is_grad_enabled() and not blocks.training
+    halves = compute_dtype(x_SND) in (torch.bfloat16, torch.float16)
+    return inference and halves and x_SND.numel() > 0 and dim % 16 == 0 and head_dim in (16, 32, 64, 128)
+
+
+def run_on_rows(
+    blocks: nn.ModuleList,
+    x_SND: Tensor,
+    segments: Segments,
+    gain_LSN1: Tensor,
+    neighbours: Neighbours | None = None,
+    num_class_tokens: int = 0,
+    tilings: Tilings | None = None,
+) -> Tensor:
+    """Run all blocks; as `blocks.run_on_layout`, without gradients."""
+    tilings = tilings or (_WIDE_STREAM if x_SND.dtype == torch.float32 else Tilings())
+    runs = runs_of(segments, x_SND.shape[0])
+    row_SN = _rows(runs, x_SND.shape[0], x_SND.device)
+    buffers = _enter(blocks, x_SND.contiguous(), runs, row_SN)
+    gain_LR = gain_LSN1.new_zeros((len(blocks), num_rows(runs)), dtype=torch.float32)
+    gain_LR.index_copy_(1, row_SN.flatten(), gain_LSN1.flatten(1).float())
+    places = places_of(row_SN, neighbours)
+    *others, last = [cast(Block, block) for block in blocks]
+    for block, gain_R in zip(others, gain_LR, strict=False):
+        _block(block, buffers, runs, places, gain_R, tilings)
+    if num_class_tokens:
+        rows_SC = row_SN[:, -num_class_tokens:]
+        return _class_tokens(last, buffers, runs, places, gain_LSN1[-1, :, -num_class_tokens:], rows_SC, tilings)
+    _block(last, buffers, runs, places, gain_LR[-1], tilings)
+    heads = [
+        buffers.head_RD[run.start : run.stop, : run.width].unflatten(0, (x_SND.shape[0], run.count)) for run in runs
+    ]
+    return from_layout(heads, x_SND, segments)
+
+
+def _enter(blocks: nn.ModuleList, x_SND: Tensor, runs: tuple[Run, ...], row_SN: Tensor) -> _Buffers:
+    rows, dim, dtype = num_rows(runs), x_SND.shape[-1], compute_dtype(x_SND)
+    hidden = cast(Block, blocks[0]).mlp.up.out_features
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x_SND.device)
+
+    buffers = _Buffers(
+        head_RD=empty(rows, dim, dtype=x_SND.dtype),
+        tail_mean_R=empty(rows, dtype=torch.float32),
+        tail_spread_R=empty(rows, dtype=torch.float32),
+        normal_RD=empty(rows, -(-dim // PADDING) * PADDING),
+        qkv_RX=empty(rows, 3 * dim),
+        mixed_RD=empty(rows, dim),
+        hidden_RH=empty(rows, hidden),
+    )
+    enter_rows(x_SND, row_SN, _widths(runs, x_SND.device), *buffers[:3])
+    return buffers
+
+
+def _block(
+    block: Block, buffers: _Buffers, runs: tuple[Run, ...], places: Places, gain_R: Tensor, tilings: Tilings
+) -> None:
+    """`Block.forward`, in the buffers."""
+    attention, mlp, dim = block.attention, block.mlp, buffers.head_RD.shape[1]
+    _norm(block.norm_attention, buffers, runs)
+    _project(attention.qkv, buffers.normal_RD, buffers.qkv_RX, runs, tilings.qkv, range(3 * dim))
+    attend_rows(buffers.qkv_RX, buffers.mixed_RD, places, attention.num_heads, **tilings.attention._asdict())
+    _project_out(attention.out, buffers.mixed_RD, buffers.head_RD, runs, tilings.out)
+    _norm(block.norm_mlp, buffers, runs)
+    activation = "gelu_tanh" if mlp.activation.approximate == "tanh" else "gelu"
+    hidden, dtype = range(mlp.up.out_features), buffers.normal_RD.dtype
+    narrow = tuple(run for run in runs if run.width <= tilings.narrow_width)
+    if wide := tuple(run for run in runs if run not in narrow):
+        _project(mlp.up, buffers.normal_RD, buffers.hidden_RH, wide, tilings.up, hidden, activation=activation)
+        _project_out(mlp.down, buffers.hidden_RH, buffers.head_RD, wide, tilings.down, gain_R)
+    for run in narrow:
+        up_HD, down_DH = cast_weight(mlp.up.weight, dtype), cast_weight(mlp.down.weight, dtype)
+        narrow_mlp(
+            *(buffers.normal_RD, up_HD, mlp.up.bias, down_DH, mlp.down.bias, buffers.head_RD, run, gain_R),
+            tiling=tilings.narrow,
+            activation=activation,
+        )
+
+
+def _class_tokens(
+    block: Block,
+    buffers: _Buffers,
+    runs: tuple[Run, ...],
+    places: Places,
+    gain_SC1: Tensor,
+    rows_SC: Tensor,
+    tilings: Tilings,
+) -> Tensor:
+    """`Block.forward` of the class tokens, which fill the last slot of each group; of the others, keys and values."""
+    attention, dim, rows = block.attention, buffers.head_RD.shape[1], rows_SC.flatten()
+    dtype, qkv_RX = buffers.qkv_RX.dtype, buffers.qkv_RX
+    _norm(block.norm_attention, buffers, runs)
+    _project(attention.qkv, buffers.normal_RD, qkv_RX, runs, tilings.qkv, range(dim, 3 * dim))
+    weight_OD, bias_O = cast_weight(attention.qkv.weight, dtype), cast_weight(attention.qkv.bias, dtype)
+    own_XD = buffers.normal_RD[:, :dim].index_select(0, rows)
+    qkv_RX[:, :dim].index_copy_(0, rows, F.linear(own_XD, weight_OD[:dim], bias_O[:dim]))
+    attend_rows(
+        qkv_RX, buffers.mixed_RD, places, attention.num_heads, first_query=places.read_GM.shape[1] - 1, block_q=16
+    )
+    head_SCD, mixed_SCD = (
+        t.index_select(0, rows).unflatten(0, rows_SC.shape) for t in (buffers.head_RD, buffers.mixed_RD)
+    )
+    return finish(block, head_SCD, mixed_SCD, gain_SC1)
+
+
+def _norm(norm: nn.LayerNorm, buffers: _Buffers, runs: tuple[Run, ...]) -> None:
+    head_RD, tail_mean_R, tail_spread_R, normal_RD = buffers[:4]
+    norm_rows(head_RD, tail_mean_R, tail_spread_R, norm.weight, norm.bias, norm.eps, normal_RD, runs)
+
+
+def _project(
+    linear: nn.Linear,
+    rows_RD: Tensor,
+    out_RX: Tensor,
+    runs: tuple[Run, ...],
+    tiling: Tiling,
+    columns: range,
+    activation: str = "",
+) -> None:
+    """The first d features of each row to these columns."""
+    tiles_J3 = _tiles_in(runs, columns, tiling, rows_RD.device)
+    weight, bias = cast_weight(linear.weight, rows_RD.dtype), linear.bias
+    grouped_gemm(rows_RD, weight, bias, out_RX, tiles_J3, tiling=tiling, activation=activation)
+
+
+def _project_out(
+    linear: nn.Linear,
+    rows_RX: Tensor,
+    out_RD: Tensor,
+    runs: tuple[Run, ...],
+    tiling: Tiling,
+    gain_R: Tensor | None = None,
+) -> None:
+    """All features of each row onto the first d of the residual stream."""
+    tiles_J3 = _tiles_out(runs, rows_RX.shape[1], tiling, rows_RX.device)
+    weight, bias = cast_weight(linear.weight, rows_RX.dtype), linear.bias
+    grouped_gemm(rows_RX, weight, bias, out_RD, tiles_J3, tiling=tiling, residual=True, gain_R=gain_R)
+
+
+# Tables depend on counts and sizes alone: made once, they stay on the device.
+@functools.lru_cache(maxsize=1024)
+def _tiles_in(runs: tuple[Run, ...], columns: range, tiling: Tiling, device: torch.device) -> Tensor:
+    inner = [run.width for run in runs]
+    spans = [(columns.start, columns.stop)] * len(runs)
+    return _table(tiles_of(runs, spans, inner, tiling.rows, tiling.columns), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tiles_out(runs: tuple[Run, ...], inner: int, tiling: Tiling, device: torch.device) -> Tensor:
+    spans = [(0, run.width) for run in runs]
+    return _table(tiles_of(runs, spans, [inner] * len(runs), tiling.rows, tiling.columns), device)
+
+
+@functools.lru_cache(maxsize=256)
+def _rows(runs: tuple[Run, ...], num_sequences: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return row_of_token(runs, num_sequences, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _widths(runs: tuple[Run, ...], device: torch.device) -> Tensor:
+    return _table([run.width for run in runs for _ in range(run.count)], device)
+
+
+def _table(values: list, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.int32, device=device)

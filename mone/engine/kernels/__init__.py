@@ -1,0 +1,1 @@
+"""Triton kernels for rows in expert-major order. They run on the CPU under TRITON_INTERPRET=1, to be tested."""

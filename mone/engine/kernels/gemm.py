@@ -1,0 +1,137 @@
+"""One launch for the matrix products of all experts: out = epilogue(rows @ weight^T + bias).
+
+A persistent kernel: as many programs as the device runs at once take tiles from a table, in which each tile has its own
+inner size (an expert of width d reads d features) and columns (it writes d features). Rows of an expert begin at
+multiples of a tile, so tiles move whole, by the tensor memory accelerator where there is one.
+
+Shapes: R rows, I input and O output features, J tiles.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
+
+class Tiling(NamedTuple):
+    """Sizes of a tile, and how a program runs: warps, stages of loads in flight, programs on a processor."""
+
+    rows: int = 128
+    columns: int = 128
+    inner: int = 64
+    warps: int = 8
+    stages: int = 3
+    programs: int = 1
+
+
+@triton.jit
+def gelu_exact(x):
+    """GELU with the error function of Abramowitz and Stegun 7.1.26, whose error is below 1.5e-7."""
+    z = tl.abs(x) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.3275911 * z)
+    poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    half = 0.5 * poly * tl.exp2(-1.4426950408889634 * z * z)
+    return x * tl.where(x < 0, half, 1.0 - half)
+
+
+@triton.jit
+def gelu_tanh(x):
+    """Its approximation by a hyperbolic tangent, written as a sigmoid."""
+    return x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def _grouped_gemm(
+    rows_desc,
+    weight_desc,
+    out_desc,
+    bias_ptr,
+    gain_ptr,
+    tiles_ptr,
+    num_tiles,
+    num_columns,
+    BLOCK_R: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GAIN: tl.constexpr,
+):
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        row = tl.load(tiles_ptr + 3 * tile)
+        column = tl.load(tiles_ptr + 3 * tile + 1)
+        inner = tl.load(tiles_ptr + 3 * tile + 2)
+        sums = tl.zeros((BLOCK_R, BLOCK_O), dtype=tl.float32)
+        for start in range(0, inner, BLOCK_I):
+            left = rows_desc.load([row, start])
+            right = weight_desc.load([column, start])
+            sums = tl.dot(left, right.T, sums)
+        columns = column + tl.arange(0, BLOCK_O)
+        sums += tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
+        if ACTIVATION == "gelu":
+            sums = gelu_exact(sums)
+        if ACTIVATION == "gelu_tanh":
+            sums = gelu_tanh(sums)
+        if GAIN:
+            sums *= tl.load(gain_ptr + row + tl.arange(0, BLOCK_R))[:, None]
+        if RESIDUAL:
+            sums += out_desc.load([row, column]).to(tl.float32)
+        out_desc.store([row, column], sums.to(out_desc.dtype))
+
+
+def grouped_gemm(
+    rows_RI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor,
+    out_RO: Tensor,
+    tiles_J3: Tensor,
+    *,
+    tiling: Tiling,
+    activation: str = "",
+    residual: bool = False,
+    gain_R: Tensor | None = None,
+) -> None:
+    """Compute the tiles of the table into out_RO.
+
+    Columns of a tile past the expert's width get values that mean nothing; the next expert's rows are never touched.
+
+    Args:
+        rows_RI: float16, bfloat16 or float32. Zero from an expert's width up to the next multiple of `tiling.inner`.
+        weight_OI: Of the same dtype, the whole weight.
+        bias_O: The whole bias.
+        out_RO: Any floating dtype.
+        tiles_J3: int32, from `rows.tiles_of`.
+        tiling: Block sizes; a tile has no more rows than runs are aligned to.
+        activation: "", "gelu" or "gelu_tanh".
+        residual: Add to what out_RO holds.
+        gain_R: float32. Factor of each row, before the residual.
+    """
+    processors = _num_processors(rows_RI.device)
+    grid = (min(len(tiles_J3), processors * tiling.programs),)
+    _grouped_gemm[grid](
+        TensorDescriptor.from_tensor(rows_RI, [tiling.rows, tiling.inner]),
+        TensorDescriptor.from_tensor(weight_OI, [tiling.columns, tiling.inner]),
+        TensorDescriptor.from_tensor(out_RO, [tiling.rows, tiling.columns]),
+        bias_O,
+        bias_O if gain_R is None else gain_R,
+        tiles_J3,
+        len(tiles_J3),
+        len(bias_O),
+        BLOCK_R=tiling.rows,
+        BLOCK_O=tiling.columns,
+        BLOCK_I=tiling.inner,
+        ACTIVATION=activation,
+        RESIDUAL=residual,
+        GAIN=gain_R is not None,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )
+
+
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -1,0 +1,64 @@
+"""Expert-major layout: a tensor for each expert's tokens, as wide as the expert.
+
+What an expert of width d never writes, the features past d, stays what it was through all blocks. Such a tail is only
+read by LayerNorm, which needs two numbers of it. So the residual stream is cut into heads [S, n_e, d_e], and the tail
+is put back once, at the end.
+
+Shapes: S sequences, N tokens, D model features, n and d tokens and width of a segment.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mone.nested import Segments
+
+
+class Tail(NamedTuple):
+    """What LayerNorm needs to know of the features past d, float32 or wider.
+
+    Attributes:
+        mean_Sn1: Their mean.
+        spread_Sn1: The sum of their squared distances from it.
+        width: How many they are, D - d.
+    """
+
+    mean_Sn1: Tensor
+    spread_Sn1: Tensor
+    width: int
+
+
+class Layout(NamedTuple):
+    """Tokens in expert-major order, and the constants of their tails.
+
+    Attributes:
+        heads: For each segment its first d features [S, n, d], contiguous.
+        tails: For each segment its tail; None where the width is D.
+    """
+
+    heads: list[Tensor]
+    tails: list[Tail | None]
+
+
+def to_layout(x_SND: Tensor, segments: Segments) -> Layout:
+    """Cut tokens that are sorted by expert, [S, N, D]."""
+    heads = [x_SND[:, s.start : s.stop, : s.width].contiguous() for s in segments]
+    return Layout(heads, [_tail(x_SND[:, s.start : s.stop, s.width :]) for s in segments])
+
+
+def from_layout(heads: list[Tensor], x_SND: Tensor, segments: Segments) -> Tensor:
+    """Put heads back before the tails of the tokens that they were cut from, [S, N, D]."""
+    rows = [
+        torch.cat([head, x_SND[:, s.start : s.stop, s.width :].to(head.dtype)], dim=-1)
+        for head, s in zip(heads, segments, strict=True)
+    ]
+    return torch.cat(rows, dim=1)
+
+
+def _tail(x_Snt: Tensor) -> Tail | None:
+    if not x_Snt.shape[-1]:
+        return None
+    x_Snt = x_Snt.to(torch.promote_types(x_Snt.dtype, torch.float32))
+    mean_Sn1 = x_Snt.mean(dim=-1, keepdim=True)
+    return Tail(mean_Sn1, (x_Snt - mean_Sn1).square().sum(dim=-1, keepdim=True), x_Snt.shape[-1])
