@@ -3,7 +3,6 @@
 Shapes: S sequences, N tokens, D model features, R class tokens, L blocks.
 """
 
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -15,8 +14,6 @@ from mone.engine.blocks import run_on_layout
 from mone.nested import Segments
 
 Engine = Literal["auto", "triton", "layout", "reference"]
-
-_TRITON = find_spec("triton") is not None
 
 # Queries, keys and values that a processor computes at a time: glibc hands tensors of 32 MiB and more back to the
 # system as they are freed, and to get them again can cost as much as the product itself.
@@ -36,7 +33,8 @@ def run_blocks(
 
     Args:
         engine: "reference": block by block, as `mone.blocks` has it. "layout": as wide as each expert, in plain
-            PyTorch. "triton": Triton kernels, without gradients. "auto": the fastest that fits.
+            PyTorch. "triton": Triton kernels, without gradients. "auto": the layout on processors, where it is measured
+            to be the fastest; else the reference.
         blocks: Of `mone.blocks.Block`.
         x_SND: Tokens in expert-major order.
         segments: Which rows go through which expert.
@@ -44,11 +42,11 @@ def run_blocks(
         neighbours: As in `Block`.
         num_class_tokens: R, at the end of a sequence.
     """
-    if engine == "reference" or (engine == "auto" and _must_be_called(blocks)):
+    if engine == "reference" or (engine == "auto" and (x_SND.is_cuda or _must_be_called(blocks))):
         for block, gain_SN1 in zip(blocks, gain_LSN1, strict=True):
             x_SND = block(x_SND, segments, gain_SN1, neighbours)
         return x_SND[:, -num_class_tokens:] if num_class_tokens else x_SND
-    if engine == "triton" or (engine == "auto" and _has_kernels(blocks, x_SND)):
+    if engine == "triton":
         from mone.engine.fused import run_on_rows  # here: there may be no Triton
 
         return run_on_rows(blocks, x_SND, segments, gain_LSN1, neighbours, num_class_tokens)
@@ -57,15 +55,6 @@ def run_blocks(
         parts = zip(x_SND.split(few), gain_LSN1.split(few, dim=1), strict=True)
         return torch.cat([run_on_layout(blocks, x, segments, gain, None, num_class_tokens) for x, gain in parts])
     return run_on_layout(blocks, x_SND, segments, gain_LSN1, neighbours, num_class_tokens)
-
-
-def _has_kernels(blocks: nn.ModuleList, x_SND: Tensor) -> bool:
-    """Whether Triton kernels can run this: on a Hopper GPU or newer, in half precision, without gradients."""
-    if not (x_SND.is_cuda and _TRITON and torch.cuda.get_device_capability(x_SND.device) >= (9, 0)):
-        return False
-    from mone.engine.fused import fits_kernels
-
-    return fits_kernels(blocks, x_SND)
 
 
 def _must_be_called(blocks: nn.ModuleList) -> bool:
