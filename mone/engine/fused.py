@@ -20,7 +20,7 @@ from mone.engine.casts import cast as cast_weight
 from mone.engine.kernels.attention import attend_rows
 from mone.engine.kernels.enter import enter_rows
 from mone.engine.kernels.gemm import Tiling, grouped_gemm
-from mone.engine.kernels.narrow_mlp import narrow_mlp
+from mone.engine.kernels.narrow_mlp import fits_one_block, narrow_mlp
 from mone.engine.kernels.norm import PADDING, norm_rows
 from mone.engine.layout import from_layout
 from mone.engine.rows import Places, Run, num_rows, places_of, row_of_token, runs_of, tiles_of
@@ -148,7 +148,7 @@ def _block(
     _norm(block.norm_mlp, buffers, runs)
     activation = "gelu_tanh" if mlp.activation.approximate == "tanh" else "gelu"
     hidden, dtype = range(mlp.up.out_features), buffers.normal_RD.dtype
-    narrow = tuple(run for run in runs if run.width <= tilings.narrow_width)
+    narrow = tuple(run for run in runs if run.width <= tilings.narrow_width and fits_one_block(run.width, PADDING))
     if wide := tuple(run for run in runs if run not in narrow):
         _project(mlp.up, buffers.normal_RD, buffers.hidden_RH, wide, tilings.up, hidden, activation=activation)
         _project_out(mlp.down, buffers.hidden_RH, buffers.head_RD, wide, tilings.down, gain_R)

@@ -1,0 +1,172 @@
+"""Each Triton kernel against plain PyTorch, on the GPU or in the interpreter."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mone.engine.kernels.attention import attend_rows
+from mone.engine.kernels.enter import enter_rows
+from mone.engine.kernels.gemm import Tiling, grouped_gemm
+from mone.engine.kernels.narrow_mlp import narrow_mlp
+from mone.engine.kernels.norm import norm_rows
+from mone.engine.rows import ALIGNMENT, Places, num_rows, row_of_token, runs_of, tiles_of
+from mone.nested import segments_of
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WIDTHS, DIM, SEQUENCES = (16, 32, 64, 128), 128, 3
+TILE = Tiling(32, 64, 32, 4, 2)
+COUNTS = pytest.mark.parametrize("counts", [(60, 40, 3, 7), (0, 0, 0, 5), (9, 0, 1, 0)])
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def rows_of(counts):
+    runs = runs_of(segments_of(counts, WIDTHS), SEQUENCES)
+    return runs, num_rows(runs)
+
+
+def table(tiles):
+    return torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
+
+
+def assert_near(actual, expected, dtype):
+    error = (actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+    assert error < {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]  # float32: TF32 on a GPU
+
+
+@given(
+    counts=st.lists(st.integers(0, 300), min_size=1, max_size=4).filter(any),
+    columns=st.sampled_from([64, 96, 128]),
+    block_rows=st.sampled_from([16, 64, 128]),
+)
+def test_tiles_cover_every_row_and_column_of_an_expert_once(counts, columns, block_rows):
+    runs = runs_of(segments_of(tuple(counts), WIDTHS[-len(counts) :]), SEQUENCES)
+    assert all(run.start % ALIGNMENT == 0 for run in runs)
+    assert all(first.stop <= second.start for first, second in itertools.pairwise(runs))
+    assert sum(run.stop - run.start for run in runs) == SEQUENCES * sum(counts)
+    tiles = tiles_of(runs, [(0, columns)] * len(runs), [run.width for run in runs], block_rows, 32)
+    covered = {(row + i, column) for row, column, _ in tiles for i in range(block_rows)}
+    assert len(covered) == len(tiles) * block_rows
+    for run in runs:
+        assert all((row, column) in covered for row in range(run.start, run.stop) for column in range(0, columns, 32))
+    assert [size for _, _, size in tiles] == sorted((size for _, _, size in tiles), reverse=True)
+
+
+@COUNTS
+@pytest.mark.parametrize("activation", ["", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_products_from_the_first_features(counts, activation, dtype):
+    runs, rows = rows_of(counts)
+    x, weight, bias = randn(rows, DIM, dtype=dtype), randn(192, DIM, dtype=dtype) / 8, randn(192)
+    out = torch.full((rows, 192), torch.nan, dtype=dtype, device=DEVICE)
+    for run in runs:
+        x[run.start : run.stop, run.width :] = 0
+    tiles = table(tiles_of(runs, [(0, 192)] * len(runs), [run.width for run in runs], TILE.rows, TILE.columns))
+    grouped_gemm(x, weight, bias, out, tiles, tiling=TILE, activation=activation)
+    for run in runs:
+        own = slice(run.start, run.stop)
+        expected = x[own].double() @ weight.double().T + bias
+        if activation:
+            expected = F.gelu(expected, approximate="tanh" if activation == "gelu_tanh" else "none")
+        assert_near(out[own], expected, dtype)
+
+
+@COUNTS
+def test_products_onto_the_first_features(counts):
+    runs, rows = rows_of(counts)
+    x, weight, bias = randn(rows, 192, dtype=torch.float16), randn(DIM, 192, dtype=torch.float16) / 14, randn(DIM)
+    stream, gain = randn(rows, DIM), randn(rows)
+    before = stream.clone()
+    tiles = table(tiles_of(runs, [(0, run.width) for run in runs], [192] * len(runs), TILE.rows, TILE.columns))
+    grouped_gemm(x, weight, bias, stream, tiles, tiling=TILE, residual=True, gain_R=gain)
+    for run in runs:
+        own, d = slice(run.start, run.stop), run.width
+        product = x[own].double() @ weight[:d].double().T + bias[:d]
+        assert_near(stream[own, :d], before[own, :d] + gain[own, None] * product, torch.float16)
+
+
+@COUNTS
+@pytest.mark.parametrize("with_branch", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_norms_of_heads_are_those_of_whole_tokens(counts, with_branch, offset):
+    runs, rows = rows_of(counts)
+    row_SN = row_of_token(runs, SEQUENCES, DEVICE)
+    x_SND = randn(SEQUENCES, sum(counts), DIM) + offset
+    width_N = table([run.width for run in runs for _ in range(run.count)])
+    head, normal = (torch.full((rows, DIM), torch.nan, device=DEVICE) for _ in range(2))
+    mean, spread = torch.empty(2, rows, device=DEVICE).unbind(0)
+    enter_rows(x_SND, row_SN, width_N, head, mean, spread)
+    branch, gain = (randn(rows, DIM), randn(rows)) if with_branch else (None, None)
+    weight, bias = randn(DIM), randn(DIM)
+    norm_rows(head, mean, spread, weight, bias, 1e-6, normal, runs, branch_RD=branch, gain_R=gain)
+    whole = x_SND.double()
+    if branch is not None and gain is not None:
+        inside = torch.arange(DIM, device=DEVICE) < width_N[:, None]
+        whole = whole + torch.where(inside, gain[row_SN][..., None] * branch[row_SN], 0.0)
+    expected = F.layer_norm(whole, (DIM,), weight.double(), bias.double(), 1e-6)
+    for run in runs:
+        tokens = slice(run.token, run.token + run.count)
+        actual = normal[row_SN[:, tokens]]
+        assert_near(actual[..., : run.width], expected[:, tokens, : run.width], torch.float32)
+        padded = -(-run.width // 64) * 64
+        assert not actual[..., run.width : padded].any()
+
+
+@pytest.mark.parametrize("num_slots", [1, 5, 16, 64, 70])
+@pytest.mark.parametrize("last_only", [False, True])
+def test_attention_over_rows_in_any_order(num_slots, last_only):
+    groups, heads = 3, 2
+    rows = groups * num_slots + 4
+    qkv, out = randn(rows, 3 * 32, dtype=torch.float16), torch.zeros(rows, 32, dtype=torch.float16, device=DEVICE)
+    read = torch.randperm(rows, device=DEVICE)[: groups * num_slots].view(groups, num_slots)
+    write = read.clone()
+    write[0, 0] = -1  # nobody takes this one
+    first = num_slots - 1 if last_only else 0
+    attend_rows(qkv, out, Places(read, write), heads, first_query=first, block_q=16, block_k=32)
+    q, k, v = (t.double().view(groups, num_slots, heads, 16).transpose(1, 2) for t in qkv[read].split(32, dim=-1))
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    taken = (write >= 0) & (torch.arange(num_slots, device=DEVICE) >= first)
+    if taken.any():
+        assert_near(out[write[taken]], expected[taken], torch.float16)
+    untouched = torch.ones(rows, dtype=torch.bool, device=DEVICE)
+    untouched[write[taken]] = False
+    assert not out[untouched].any()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_mlp_of_a_narrow_expert(activation):
+    runs, rows = rows_of((0, 50, 0, 9))
+    run, half = runs[0], torch.float16
+    x, up, down = randn(rows, DIM, dtype=half), randn(256, DIM, dtype=half) / 8, randn(DIM, 256, dtype=half) / 16
+    up_bias, down_bias, gain, stream = randn(256), randn(DIM), randn(rows), randn(rows, DIM)
+    before = stream.clone()
+    narrow_mlp(x, up, up_bias, down, down_bias, stream, run, gain, tiling=TILE, activation=activation)
+    own, d = slice(run.start, run.stop), run.width
+    hidden = x[own, :d].double() @ up[:, :d].double().T + up_bias
+    hidden = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
+    product = hidden @ down[:d].double().T + down_bias[:d]
+    assert_near(stream[own, :d], before[own, :d] + gain[own, None] * product, half)
+    assert torch.equal(stream[runs[1].start :], before[runs[1].start :])
+
+
+@settings(max_examples=4)
+@given(scale=st.sampled_from([1e-3, 1.0, 10.0, 100.0]))
+def test_exact_gelu_is_exact(scale):
+    x, out = randn(128, 32) * scale, torch.empty(128, 32, device=DEVICE)
+    tiles = table([(0, 0, 32)])
+    grouped_gemm(
+        x,
+        torch.eye(32, device=DEVICE),
+        torch.zeros(32, device=DEVICE),
+        out,
+        tiles,
+        tiling=Tiling(128, 32, 32, 4, 1),
+        activation="gelu",
+    )
+    assert (out - F.gelu(x)).abs().max() <= (2e-3 if DEVICE.type == "cuda" else 1e-6) * max(1.0, x.abs().max())
