@@ -20,8 +20,8 @@ from mone.engine.casts import cast as cast_weight
 from mone.engine.kernels.attention import attend_rows
 from mone.engine.kernels.enter import enter_rows
 from mone.engine.kernels.gemm import Tiling, grouped_gemm
-from mone.engine.kernels.narrow_mlp import fits_one_block, narrow_mlp
-from mone.engine.kernels.norm import PADDING, norm_rows
+from mone.engine.kernels.narrow_mlp import narrow_mlp
+from mone.engine.kernels.norm import SMALLEST_BLOCK, norm_rows
 from mone.engine.layout import from_layout
 from mone.engine.rows import Places, Run, num_rows, places_of, row_of_token, runs_of, tiles_of
 from mone.nested import Segments
@@ -127,7 +127,7 @@ def _enter(blocks: nn.ModuleList, x_SND: Tensor, runs: tuple[Run, ...], row_SN: 
         head_RD=empty(rows, dim, dtype=x_SND.dtype),
         tail_mean_R=empty(rows, dtype=torch.float32),
         tail_spread_R=empty(rows, dtype=torch.float32),
-        normal_RD=empty(rows, -(-dim // PADDING) * PADDING),
+        normal_RD=empty(rows, -(-dim // SMALLEST_BLOCK) * SMALLEST_BLOCK),
         qkv_RX=empty(rows, 3 * dim),
         mixed_RD=empty(rows, dim),
         hidden_RH=empty(rows, hidden),
@@ -148,7 +148,7 @@ def _block(
     _norm(block.norm_mlp, buffers, runs)
     activation = "gelu_tanh" if mlp.activation.approximate == "tanh" else "gelu"
     hidden, dtype = range(mlp.up.out_features), buffers.normal_RD.dtype
-    narrow = tuple(run for run in runs if run.width <= tilings.narrow_width and fits_one_block(run.width, PADDING))
+    narrow = tuple(run for run in runs if run.width <= tilings.narrow_width)
     if wide := tuple(run for run in runs if run not in narrow):
         _project(mlp.up, buffers.normal_RD, buffers.hidden_RH, wide, tilings.up, hidden, activation=activation)
         _project_out(mlp.down, buffers.hidden_RH, buffers.head_RD, wide, tilings.down, gain_R)

@@ -50,11 +50,6 @@ def _narrow_mlp(
     out_desc.store([row, 0], sums.to(out_desc.dtype))
 
 
-def fits_one_block(width: int, padding: int) -> bool:
-    """Whether rows that are zero up to the next multiple of `padding` are zero up to the power of two that is read."""
-    return _block(width) <= -(-width // padding) * padding
-
-
 def narrow_mlp(
     rows_RD: Tensor,
     up_HD: Tensor,
@@ -82,7 +77,7 @@ def narrow_mlp(
         tiling: Rows and hidden features of a block.
         activation: "gelu" or "gelu_tanh".
     """
-    block = _block(run.width)
+    block = max(16, triton.next_power_of_2(run.width))
     _narrow_mlp[(triton.cdiv(run.stop - run.start, tiling.rows),)](
         TensorDescriptor.from_tensor(rows_RD, [tiling.rows, block]),
         TensorDescriptor.from_tensor(up_HD, [tiling.columns, block]),
@@ -101,7 +96,3 @@ def narrow_mlp(
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
-
-
-def _block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))

@@ -14,8 +14,9 @@ from mone.engine.rows import Run
 
 # Values that a program holds: narrow rows are taken more at a time.
 _VALUES = 4096
-# Zeros are written up to the next multiple of this past a row's width: a tile of a product reads so far.
-PADDING = 64
+# Zeros are written up to the power of two that holds a row's width, and to this at least: so far a tile of a product
+# may read.
+SMALLEST_BLOCK = 64
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
@@ -23,8 +24,8 @@ PADDING = 64
 @triton.jit
 def _norm_rows(
     head_ptr, branch_ptr, gain_ptr, mean_ptr, spread_ptr, weight_ptr, bias_ptr, out_ptr,
-    first, stop, width, dim, head_stride, out_stride, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr, BRANCH: tl.constexpr,
+    first, stop, width, dim, out_columns, head_stride, out_stride, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     row = first + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -49,7 +50,8 @@ def _norm_rows(
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     normal = (centred * scale[:, None] + shift[:, None]) * weight[None, :] + bias[None, :]
-    padded = (row < stop)[:, None] & (column < (width + PAD - 1) // PAD * PAD)[None, :]
+    # Past the width weight, bias and what they scale are zero or left out, so that zeros are written.
+    padded = (row < stop)[:, None] & (column < out_columns)[None, :]
     out_at = row.to(tl.int64)[:, None] * out_stride + column[None, :]
     tl.store(out_ptr + out_at, normal.to(out_ptr.dtype.element_ty), mask=padded)
 
@@ -57,8 +59,8 @@ def _norm_rows(
 @triton.jit
 def _norm(
     head_ptr, branch_ptr, gain_ptr, mean_ptr, spread_ptr, weight_ptr, bias_ptr, out_ptr, tiles_ptr,
-    dim, head_stride, out_stride, eps,
-    VALUES: tl.constexpr, LARGEST: tl.constexpr, KINDS: tl.constexpr, PAD: tl.constexpr, BRANCH: tl.constexpr,
+    dim, out_columns, head_stride, out_stride, eps,
+    VALUES: tl.constexpr, LARGEST: tl.constexpr, KINDS: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     first = tl.load(tiles_ptr + 4 * tile)
@@ -69,8 +71,8 @@ def _norm(
         if kind == shift:
             _norm_rows(
                 head_ptr, branch_ptr, gain_ptr, mean_ptr, spread_ptr, weight_ptr, bias_ptr, out_ptr,
-                first, stop, width, dim, head_stride, out_stride, eps,
-                VALUES // (LARGEST >> shift), LARGEST >> shift, PAD, BRANCH,
+                first, stop, width, dim, out_columns, head_stride, out_stride, eps,
+                VALUES // (LARGEST >> shift), LARGEST >> shift, BRANCH,
             )  # fmt: skip
 
 
@@ -99,7 +101,7 @@ def norm_rows(
     branch_RD: Tensor | None = None,
     gain_R: Tensor | None = None,
 ) -> None:
-    """LayerNorm of whole tokens into the first features of out_RD, zero up to the next multiple of PADDING.
+    """LayerNorm of whole tokens into the first features of out_RD, zero up to the power of two after them.
 
     Args:
         head_RD: Residual stream, of which each run has its width; with a branch, it is added here first.
@@ -126,17 +128,17 @@ def norm_rows(
         out_RD,
         tiles_J4,
         dim,
+        out_RD.shape[1],
         head_RD.stride(0),
         out_RD.stride(0),
         eps,
         VALUES=max(_VALUES, largest),
         LARGEST=largest,
         KINDS=1 + max(largest.bit_length() - _block(run.width).bit_length() for run in runs),
-        PAD=PADDING,
         BRANCH=branch_RD is not None,
         num_warps=4,
     )
 
 
 def _block(width: int) -> int:
-    return max(PADDING, triton.next_power_of_2(width))
+    return max(SMALLEST_BLOCK, triton.next_power_of_2(width))
