@@ -241,3 +241,10 @@ def test_training_steps_are_timed_for_each_method(capsys):
     flops = training_flops(config, config.token_counts(0.4)) * 2
     assert record["rows"][1]["training_flops_per_step"] == flops
     assert record["rows"][0]["times_faster"] == 1.0 and record["rows"][0]["mfu"] is None
+
+
+def test_several_engines_are_several_rows(measured):
+    options = ("--device", "cpu", "--repeats", 1, "--capacity", 0.4, "--methods", "mone")
+    record = measured("model", *SMALL, *options, "--engine", "layout", "reference")
+    rows = [(row["method"], row["engine"]) for row in record["rows"]]
+    assert rows == [(method, engine) for engine in ("layout", "reference") for method in ("dense", "mone")]
