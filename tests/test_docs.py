@@ -12,9 +12,11 @@ from mone.baselines import METHODS, capacities_of
 from mone.capacity import expert_shares
 from mone.compute import clip_compute
 from mone.config import preset
+from mone.engine.roofline import block_parts
+from mone.nested import segments_of
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs/mone.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs/mone.md", ROOT / "docs/performance.md"]
 TEXT = DOCUMENTS[1].read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
@@ -45,6 +47,17 @@ def test_shares_counts_and_costs_are_those_of_the_code():
         assert counts == ", ".join(map(str, config.token_counts(float(capacity))))
         assert gflop == f"{cost.flops / 1e9:.1f}"
         assert of_full == f"{cost.flops / cost.dense_flops:.1%}".replace("%", " %")
+
+
+def test_the_floor_is_that_of_the_formulas():
+    config = preset("base", num_classes=400)
+    rows = re.findall(r"^\| ([\d.]+) \| (.*) \|$", DOCUMENTS[2].read_text(), re.MULTILINE)
+    assert len(rows) >= 4
+    for capacity, cells in rows:
+        parts = block_parts(config, segments_of(config.token_counts(float(capacity)), config.widths, 1), 256)
+        floors = [12e3 * sum(part.seconds(*rates) for part in parts) for rates in ((989e12, 3.35e12), (600e12, 3e12))]
+        totals = 12e-12 * sum(part.flops for part in parts), 12e-9 * sum(part.num_bytes for part in parts)
+        assert cells == " | ".join([f"{totals[0]:.2f}", *(f"{value:.1f}" for value in (totals[1], *floors))])
 
 
 def test_attention_costs_a_joint_encoder_more():

@@ -261,3 +261,10 @@ def test_focus_is_refused_where_nothing_can_be_said(refused, tmp_path):
     refused("focus", "--models", names="--models")
     refused("focus", "--models", tmp_path / "none", names="none")
     refused("focus", "--models", tmp_path, "--split", "train", names="--split")
+
+
+def test_several_engines_are_several_rows(measured):
+    options = ("--device", "cpu", "--repeats", 1, "--capacity", 0.4, "--methods", "mone")
+    record = measured("model", *SMALL, *options, "--engine", "layout", "reference")
+    rows = [(row["method"], row["engine"]) for row in record["rows"]]
+    assert rows == [(method, engine) for engine in ("layout", "reference") for method in ("dense", "mone")]

@@ -174,3 +174,9 @@ def test_a_clip_that_the_model_cannot_take_leaves_its_neighbours_alone(checkpoin
 def test_a_capacity_out_of_range_is_refused_at_once(checkpoint):
     with pytest.raises(ValueError, match="capacity"):
         Annotator(checkpoint, 0.01, 1)
+
+
+def test_every_engine_says_the_same(checkpoint):
+    fast, slow = (Annotator(checkpoint, 0.5, 3, engine)(decoded("ok", "ok")) for engine in ("layout", "reference"))
+    assert fast["label"].equals(slow["label"])
+    assert np.allclose(fast["score"].to_numpy(), slow["score"].to_numpy(), atol=1e-4)
