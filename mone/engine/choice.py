@@ -3,7 +3,6 @@
 Shapes: S sequences, N tokens, D model features, R class tokens, L blocks.
 """
 
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -12,11 +11,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from mone.blocks import Neighbours
 from mone.engine.blocks import run_on_layout
+from mone.engine.support import triton_runs
 from mone.nested import Segments
 
 Engine = Literal["auto", "triton", "layout", "reference"]
 
-_TRITON = find_spec("triton") is not None
+_HOPPER = (9, 0)
 
 # Queries, keys and values that a processor computes at a time: glibc hands tensors of 32 MiB and more back to the
 # system as they are freed, and to get them again can cost as much as the product itself.
@@ -61,7 +61,7 @@ def run_blocks(
 
 def _has_kernels(blocks: nn.ModuleList, x_SND: Tensor) -> bool:
     """Whether Triton kernels can run this: on a Hopper GPU or newer, in half precision, without gradients."""
-    if not (x_SND.is_cuda and _TRITON and torch.cuda.get_device_capability(x_SND.device) >= (9, 0)):
+    if not triton_runs(x_SND.device, _HOPPER):
         return False
     from mone.engine.fused import fits_kernels
 
