@@ -73,6 +73,7 @@ def test_no_graph_breaks_and_the_same_answers(name):
 @variants("clip budget, mean")
 def test_a_compiled_training_step_has_the_gradients_of_an_eager_one(name):
     model, inputs = shallow(name, dropout=0.1, drop_path=0.2)
+    model.encoder.engine = "reference"  # as compiled: what dropout draws depends on what it is drawn for
     model.train()
     steps = []
     for forward in (compiled(model, backend="aot_eager"), model):
