@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mone.engine.layout import Tail
+from mone.engine.support import triton_runs
 
 # In place of an epsilon under the root of the head's own variance, which is only a step on the way.
 _TINY = 1e-12
@@ -25,8 +26,14 @@ _TINY = 1e-12
 
 def nested_norm(head_Snd: Tensor, tail: Tail | None, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
     """The first d features of `norm` of whole tokens, in the given dtype [S, n, d]; sums are float32 at least."""
-    width = head_Snd.shape[-1]
+    width, dim = head_Snd.shape[-1], norm.normalized_shape[0]
     weight_d, bias_d = norm.weight[:width], norm.bias[:width]
+    if head_Snd.numel() and head_Snd.dtype != torch.float64 and triton_runs(head_Snd.device):
+        from mone.engine.kernels.norm_grad import KernelNorm  # here: there may be no Triton
+
+        nothing_Sn1 = head_Snd.new_zeros((*head_Snd.shape[:2], 1), dtype=torch.float32)
+        stats = (nothing_Sn1, nothing_Sn1) if tail is None else tail[:2]
+        return KernelNorm.apply(head_Snd, *stats, weight_d, bias_d, dim, norm.eps, dtype)  # pyright: ignore[reportReturnType]
     if tail is not None:
         return _NestedNorm.apply(head_Snd, *tail, weight_d, bias_d, norm.eps, dtype)  # pyright: ignore[reportReturnType]
     wide = torch.promote_types(head_Snd.dtype, weight_d.dtype)

@@ -77,15 +77,16 @@ def _norm(
 
 
 @functools.lru_cache(maxsize=256)
-def norm_tiles(runs: tuple[Run, ...], dim: int, device: torch.device) -> Tensor:
+def norm_tiles(runs: tuple[Run, ...], widest: int, device: torch.device) -> Tensor:
     """Work of each program, int32 [J, 4]: first row, end of the run, width, halvings from the largest block."""
-    largest, tiles = _block(dim), []
+    largest, tiles = _block(widest), []
     for run in runs:
         block = _block(run.width)
         kind = largest.bit_length() - block.bit_length()
         rows = range(run.start, run.stop, max(1, max(_VALUES, largest) // block))
         tiles += [(row, run.stop, run.width, kind) for row in rows]
-    return torch.tensor(tiles, dtype=torch.int32, device=device)
+    with torch.inference_mode(False):
+        return torch.tensor(tiles, dtype=torch.int32, device=device)
 
 
 def norm_rows(
@@ -100,6 +101,7 @@ def norm_rows(
     *,
     branch_RD: Tensor | None = None,
     gain_R: Tensor | None = None,
+    dim: int = 0,
 ) -> None:
     """LayerNorm of whole tokens into the first features of out_RD, zero up to the power of two after them.
 
@@ -114,9 +116,11 @@ def norm_rows(
         runs: Rows of each expert.
         branch_RD: Added to the stream, times gain_R; laid out like it.
         gain_R: float32.
+        dim: D, where the weight is shorter.
     """
-    dim, largest = len(weight_D), _block(len(weight_D))
-    tiles_J4 = norm_tiles(runs, dim, head_RD.device)
+    largest = _block(len(weight_D))
+    dim = dim or len(weight_D)
+    tiles_J4 = norm_tiles(runs, len(weight_D), head_RD.device)
     _norm[(len(tiles_J4),)](
         head_RD,
         head_RD if branch_RD is None else branch_RD,
