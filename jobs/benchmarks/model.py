@@ -76,8 +76,8 @@ class ModelSpeed:
     """Measurements of each row; odd, so that the median is one of them."""
     engine: tuple[RowEngine, ...] = ("auto",)
     """Code that runs the blocks; with several, a row for each, all compared with dense on the first. "compiled" is the
-    reference under torch.compile, at the fastest of its modes and attention kernels; "replayed" is "auto" from a CUDA
-    graph."""
+    reference under torch.compile, at the fastest of its modes and attention kernels; "replayed" is "triton" from a
+    CUDA graph."""
     compile: bool = False
     """torch.compile each row, for its fixed shapes."""
 
@@ -227,6 +227,7 @@ def _variant(base: ViViT, case: _Case, clips: _Clips, compiled: bool) -> _Varian
         model.encoder.engine = "reference"
         run = fastest_compiled(model, arguments)
     elif case.engine == "replayed":
+        model.encoder.engine = "triton"
         run = Replayed(model)
     else:
         model.encoder.engine = case.engine

@@ -33,8 +33,8 @@ def run_blocks(
 
     Args:
         engine: "reference": block by block, as `mone.blocks` has it. "layout": as wide as each expert, in plain
-            PyTorch. "triton": Triton kernels, without gradients. "auto": the layout on processors, where it is measured
-            to be the fastest; else the reference.
+            PyTorch. "triton": Triton kernels for inference in half precision, the layout for all else. "auto": the
+            layout on processors, where it is measured to be the fastest; else the reference.
         blocks: Of `mone.blocks.Block`.
         x_SND: Tokens in expert-major order.
         segments: Which rows go through which expert.
@@ -47,9 +47,10 @@ def run_blocks(
             x_SND = block(x_SND, segments, gain_SN1, neighbours)
         return x_SND[:, -num_class_tokens:] if num_class_tokens else x_SND
     if engine == "triton":
-        from mone.engine.fused import run_on_rows  # here: there may be no Triton
+        from mone.engine.fused import fits_kernels, run_on_rows  # here: there may be no Triton
 
-        return run_on_rows(blocks, x_SND, segments, gain_LSN1, neighbours, num_class_tokens)
+        if fits_kernels(blocks, x_SND):
+            return run_on_rows(blocks, x_SND, segments, gain_LSN1, neighbours, num_class_tokens)
     if x_SND.device.type == "cpu" and not torch.is_grad_enabled() and neighbours is None and x_SND.numel():
         few = max(1, _PROCESSOR_BYTES // (3 * x_SND[0].numel() * x_SND.element_size()))
         parts = zip(x_SND.split(few), gain_LSN1.split(few, dim=1), strict=True)

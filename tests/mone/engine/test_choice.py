@@ -33,6 +33,19 @@ def test_blocks_that_must_be_called_are_called(called, monkeypatch):
     assert called == []
 
 
+def test_kernels_without_gradients_are_not_trained_through(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("mone.engine.fused.run_on_rows", lambda *_: pytest.fail("there are no gradients"))
+    gradients = []
+    for engine in ("triton", "layout"):
+        model = small_model(small_config()).train()
+        model.encoder.engine = engine
+        model(some_patches(model.config), 0.4).logits_BC.square().sum().backward()
+        gradients.append([p.grad for p in model.encoder.blocks.parameters()])
+    assert all(gradient is not None and gradient.any() for gradient in gradients[1])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
 def test_a_choice_is_not_part_of_the_weights():
     model = ViViT(small_config())
     model.encoder.engine = "reference"
