@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mone.blocks import Block, Branch, Neighbours
-from mone.engine.attention import attend, attend_last
-from mone.engine.layout import Layout, Tail, from_layout, to_layout
+from mone.engine.attention import Routes, attend, attend_last, routes_of
+from mone.engine.layout import Layout, Tail, from_layout, order_of, to_layout
 from mone.engine.mlp import nested_mlp
 from mone.engine.norm import nested_norm
 from mone.engine.projections import project_in, project_out
@@ -45,12 +45,13 @@ def run_on_layout(
     """
     dtype = compute_dtype(x_SND)
     heads, tails = to_layout(x_SND, segments)
+    routes = routes_of(order_of(segments, x_SND.shape[0], x_SND.device), neighbours)
     *others, last = [cast(Block, block) for block in blocks]
     for block, gain_SN1 in zip(others, gain_LSN1, strict=False):
-        heads = _block(block, Layout(heads, tails), segments, gain_SN1, neighbours, dtype)
+        heads = _block(block, Layout(heads, tails), segments, gain_SN1, routes, dtype)
     if num_class_tokens:
-        return _class_tokens(last, Layout(heads, tails), gain_LSN1[-1], neighbours, num_class_tokens, dtype)
-    heads = _block(last, Layout(heads, tails), segments, gain_LSN1[-1], neighbours, dtype)
+        return _class_tokens(last, Layout(heads, tails), gain_LSN1[-1], routes, num_class_tokens, dtype)
+    heads = _block(last, Layout(heads, tails), segments, gain_LSN1[-1], routes, dtype)
     return from_layout(heads, x_SND, segments)
 
 
@@ -59,15 +60,15 @@ def _block(
     layout: Layout,
     segments: Segments,
     gain_SN1: Tensor,
-    neighbours: Neighbours | None,
+    routes: Routes,
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """`Block.forward` on heads."""
     attention, tails = block.attention, layout.tails
     normal = _norms(layout.heads, tails, block.norm_attention, dtype)
-    qkv_SNX = project_in(attention.qkv.weight, attention.qkv.bias, normal)
-    mixed_SND = attend(qkv_SNX, attention.num_heads, neighbours, attention.dropout if block.training else 0.0)
-    outputs = project_out(attention.out.weight, attention.out.bias, mixed_SND, segments)
+    qkv_RX = project_in(attention.qkv.weight, attention.qkv.bias, normal)
+    mixed_RD = attend(qkv_RX, routes, attention.num_heads, attention.dropout if block.training else 0.0)
+    outputs = project_out(attention.out.weight, attention.out.bias, mixed_RD, segments)
     heads = _residual(layout.heads, outputs, block.branch)
     outputs = nested_mlp(block.mlp, _norms(heads, tails, block.norm_mlp, dtype))
     gained = [gain_SN1[:, s.start : s.stop] * output for s, output in zip(segments, outputs, strict=True)]
@@ -78,7 +79,7 @@ def _class_tokens(
     block: Block,
     layout: Layout,
     gain_SN1: Tensor,
-    neighbours: Neighbours | None,
+    routes: Routes,
     num_class_tokens: int,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -86,10 +87,10 @@ def _class_tokens(
     attention, dim = block.attention, block.norm_mlp.normalized_shape[0]
     weight, bias = attention.qkv.weight, attention.qkv.bias
     normal = _norms(layout.heads, layout.tails, block.norm_attention, dtype)
-    kv_SNX = project_in(weight[dim:], bias[dim:], normal)
+    kv_RX = project_in(weight[dim:], bias[dim:], normal)
     q_SRD = F.linear(normal[-1][:, -num_class_tokens:], weight[:dim].to(dtype), bias[:dim].to(dtype))
     dropout = attention.dropout if block.training else 0.0
-    mixed_SRD = attend_last(q_SRD, kv_SNX, attention.num_heads, neighbours, dropout)
+    mixed_SRD = attend_last(q_SRD, kv_RX, routes, attention.num_heads, dropout)
     return finish(block, layout.heads[-1][:, -num_class_tokens:], mixed_SRD, gain_SN1[:, -num_class_tokens:])
 
 

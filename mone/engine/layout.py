@@ -4,7 +4,10 @@ What an expert of width d never writes, the features past d, stays what it was t
 read by LayerNorm, which needs two numbers of it. So the residual stream is cut into heads [S, n_e, d_e], and the tail
 is put back once, at the end.
 
-Shapes: S sequences, N tokens, D model features, n and d tokens and width of a segment.
+Where tokens of all widths lie in one matrix (queries, keys, values, and what attention makes of them), segment follows
+segment over the whole batch, so that each is a run of rows.
+
+Shapes: S sequences, N tokens, R = S N rows, D model features, n and d tokens and width of a segment.
 """
 
 from typing import NamedTuple
@@ -39,6 +42,31 @@ class Layout(NamedTuple):
 
     heads: list[Tensor]
     tails: list[Tail | None]
+
+
+class Order(NamedTuple):
+    """Where tokens lie as rows.
+
+    Attributes:
+        row_SN: int64. Row of each token.
+        token_R: int64. Token s N + n of each row; None: rows lie as tokens do.
+    """
+
+    row_SN: Tensor
+    token_R: Tensor | None
+
+
+def order_of(segments: Segments, num_sequences: int, device: torch.device) -> Order:
+    """Rows of segment after segment."""
+    num_tokens = segments[-1].stop
+    token_SN = torch.arange(num_sequences * num_tokens, device=device).view(num_sequences, num_tokens)
+    if len(segments) == 1:
+        return Order(token_SN, None)
+    row_SN = torch.empty_like(token_SN)
+    for s in segments:
+        rows = torch.arange(num_sequences * s.start, num_sequences * s.stop, device=device)
+        row_SN[:, s.start : s.stop] = rows.view(num_sequences, -1)
+    return Order(row_SN, torch.cat([token_SN[:, s.start : s.stop].flatten() for s in segments]))
 
 
 def to_layout(x_SND: Tensor, segments: Segments) -> Layout:
