@@ -32,18 +32,6 @@ class Tail(NamedTuple):
     width: int
 
 
-class Layout(NamedTuple):
-    """Tokens in expert-major order, and the constants of their tails.
-
-    Attributes:
-        heads: For each segment its first d features [S, n, d], contiguous.
-        tails: For each segment its tail; None where the width is D.
-    """
-
-    heads: list[Tensor]
-    tails: list[Tail | None]
-
-
 class Order(NamedTuple):
     """Where tokens lie as rows.
 
@@ -54,6 +42,11 @@ class Order(NamedTuple):
 
     row_SN: Tensor
     token_R: Tensor | None
+
+    def rows(self, x_XSN: Tensor) -> Tensor:
+        """Numbers of tokens [..., S, N] as rows [..., R]."""
+        x_XT = x_XSN.flatten(-2)
+        return x_XT if self.token_R is None else x_XT.index_select(-1, self.token_R)
 
 
 def order_of(segments: Segments, num_sequences: int, device: torch.device) -> Order:
@@ -69,10 +62,10 @@ def order_of(segments: Segments, num_sequences: int, device: torch.device) -> Or
     return Order(row_SN, torch.cat([token_SN[:, s.start : s.stop].flatten() for s in segments]))
 
 
-def to_layout(x_SND: Tensor, segments: Segments) -> Layout:
-    """Cut tokens that are sorted by expert, [S, N, D]."""
+def to_layout(x_SND: Tensor, segments: Segments) -> tuple[list[Tensor], list[Tail | None]]:
+    """Cut tokens that are sorted by expert, [S, N, D], into heads [S, n, d] and what is known of tails."""
     heads = [x_SND[:, s.start : s.stop, : s.width].contiguous() for s in segments]
-    return Layout(heads, [_tail(x_SND[:, s.start : s.stop, s.width :]) for s in segments])
+    return heads, [_tail(x_SND[:, s.start : s.stop, s.width :]) for s in segments]
 
 
 def from_layout(heads: list[Tensor], x_SND: Tensor, segments: Segments) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mone.blocks import MLP
 from mone.engine.projections import add_product
+from mone.engine.support import triton_runs
 
 # Of a processor's memory: a larger tensor of float32 is handed back by glibc as it is freed, and to get it again costs
 # as much as the product itself.
@@ -44,6 +45,20 @@ def _hidden(x_Rd: Tensor, up_HD: Tensor, up_H: Tensor, approximate: str) -> Tens
     return F.gelu(F.linear(x_Rd, up_HD[:, : x_Rd.shape[-1]], up_H), approximate=approximate)
 
 
+def _gelu_grad(
+    before_RH: Tensor, grad_RH: Tensor, approximate: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GELU again, the gradient of what went into it (given that of GELU, which is overwritten), and its sum [H]."""
+    if before_RH.numel() and dtype == torch.float32 and triton_runs(before_RH.device):
+        from mone.engine.kernels.gelu_grad import gelu_grad  # here: there may be no Triton
+
+        hidden_RH, sum_H = gelu_grad(before_RH, grad_RH, approximate)
+        return hidden_RH, grad_RH, sum_H
+    hidden_RH = F.gelu(before_RH, approximate=approximate)
+    grad_RH = torch.ops.aten.gelu_backward(grad_RH, before_RH, approximate=approximate)
+    return hidden_RH, grad_RH, grad_RH.sum(0, dtype=dtype)
+
+
 class _NestedMLP(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -71,11 +86,10 @@ class _NestedMLP(torch.autograd.Function):
         for x_Snd, before_SnH, grad_Snd in zip(saved[: len(grads)], saved[len(grads) :], grads, strict=True):
             d, x_Rd, grad_Rd = x_Snd.shape[-1], x_Snd.flatten(0, 1), grad_Snd.reshape(-1, x_Snd.shape[-1])
             before_RH = F.linear(x_Rd, up_HD[:, :d], up_H) if before_SnH is None else before_SnH.flatten(0, 1)
-            add_product(down_grad_DH[:d], grad_Rd, F.gelu(before_RH, approximate=ctx.approximate))
+            hidden_RH, before_grad_RH, sum_H = _gelu_grad(before_RH, grad_Rd @ down_DH[:d], ctx.approximate, ctx.dtype)
+            add_product(down_grad_DH[:d], grad_Rd, hidden_RH)
             down_grad_D[:d] += grad_Rd.sum(0, dtype=ctx.dtype)
-            hidden_grad_RH = grad_Rd @ down_DH[:d]
-            before_grad_RH = torch.ops.aten.gelu_backward(hidden_grad_RH, before_RH, approximate=ctx.approximate)
             add_product(up_grad_HD[:, :d], before_grad_RH, x_Rd)
-            up_grad_H += before_grad_RH.sum(0, dtype=ctx.dtype)
+            up_grad_H += sum_H
             input_grads.append((before_grad_RH @ up_HD[:, :d]).view_as(x_Snd))
         return None, up_grad_HD, up_grad_H, down_grad_DH, down_grad_D, *input_grads
