@@ -80,19 +80,23 @@ def _block(block: Block, stream: _Stream, layout: _Layout, gain_R: Tensor) -> _S
     heads, normal = add_and_norm(*stream, layout.tails, block.norm_attention, layout.dtype)
     qkv_RX = project_in(attention.qkv.weight, attention.qkv.bias, normal)
     mixed_RD = attend(qkv_RX, layout.routes, attention.num_heads, dropout)
-    outputs = project_out(attention.out.weight, attention.out.bias, mixed_RD, layout.segments)
-    branch = _thinned(outputs, None, block.branch, layout.order)
+    outputs = project_out(attention.out.weight, mixed_RD, layout.segments)
+    branch = _thinned(Branch(outputs, attention.out.bias, None), block.branch, layout.order)
     heads, normal = add_and_norm(heads, branch, layout.tails, block.norm_mlp, layout.dtype)
-    return _Stream(heads, _thinned(nested_mlp(block.mlp, normal), gain_R, block.branch, layout.order))
+    branch = Branch(nested_mlp(block.mlp, normal), block.mlp.down.bias, gain_R)
+    return _Stream(heads, _thinned(branch, block.branch, layout.order))
 
 
-def _thinned(outputs: list[Tensor], factor_R: Tensor | None, thinning: Thinning, order: Order) -> Branch:
+def _thinned(branch: Branch, thinning: Thinning, order: Order) -> Branch:
     """A branch after dropout and stochastic depth, which draws once for all tokens of a sequence."""
+    outputs, bias_D, factor_R = branch
     kept_S11 = thinning.draw_kept(outputs[0])
     if kept_S11 is not None:
         kept_R = order.rows(kept_S11.squeeze(-1).expand_as(order.row_SN))
         factor_R = kept_R if factor_R is None else kept_R.to(factor_R.dtype) * factor_R
-    return Branch([thinning.thin(output, None) for output in outputs], factor_R)
+    if thinning.training and thinning.dropout:
+        outputs, bias_D = [thinning.thin(output, None) for output in branch.biased()], None
+    return Branch(outputs, bias_D, factor_R)
 
 
 def _class_tokens(block: Block, stream: _Stream, layout: _Layout, gain_SN1: Tensor, num_class_tokens: int) -> Tensor:
@@ -113,7 +117,7 @@ def finish(block: Block, x_SRD: Tensor, mixed_SRD: Tensor, gain_SR1: Tensor) -> 
     out, dtype = block.attention.out, mixed_SRD.dtype
     z_SRD = x_SRD + block.branch(F.linear(mixed_SRD, out.weight.to(dtype), out.bias.to(dtype)))
     (output_SRD,) = nested_mlp(block.mlp, [nested_norm(z_SRD, None, block.norm_mlp, dtype)])
-    return z_SRD + block.branch(gain_SR1 * output_SRD)
+    return z_SRD + block.branch(gain_SR1 * (output_SRD + block.mlp.down.bias.to(dtype)))
 
 
 def compute_dtype(x_SND: Tensor) -> torch.dtype:

@@ -24,17 +24,17 @@ _RECOMPUTED_SHARE = 0.25
 
 
 def nested_mlp(mlp: MLP, inputs: list[Tensor]) -> list[Tensor]:
-    """FFN of each segment, [S, n, d] to [S, n, d]."""
-    weights = (mlp.up.weight, mlp.up.bias, mlp.down.weight, mlp.down.bias)
+    """FFN of each segment, [S, n, d] to [S, n, d], without the last bias."""
+    weights = (mlp.up.weight, mlp.up.bias, mlp.down.weight)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*weights, *inputs)):
         return list(_NestedMLP.apply(mlp.activation.approximate, *weights, *inputs))  # pyright: ignore[reportArgumentType]
-    up_HD, up_H, down_DH, down_D = (weight.to(inputs[0].dtype) for weight in weights)
+    up_HD, up_H, down_DH = (weight.to(inputs[0].dtype) for weight in weights)
     outputs = []
     for x_Snd in inputs:
         d, x_Rd = x_Snd.shape[-1], x_Snd.flatten(0, 1)
         rows = _CHUNK_BYTES // (len(up_H) * x_Rd.element_size()) if x_Rd.device.type == "cpu" else len(x_Rd)
         chunks = [
-            F.linear(_hidden(part_Rd, up_HD, up_H, mlp.activation.approximate), down_DH[:d], down_D[:d])
+            F.linear(_hidden(part_Rd, up_HD, up_H, mlp.activation.approximate), down_DH[:d])
             for part_Rd in x_Rd.split(max(1, rows))
         ]
         outputs.append((chunks[0] if len(chunks) == 1 else torch.cat(chunks)).view_as(x_Snd))
@@ -62,16 +62,16 @@ def _gelu_grad(
 class _NestedMLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, approximate: str, up_HD: Tensor, up_H: Tensor, down_DH: Tensor, down_D: Tensor, *inputs: Tensor
+        ctx: Any, approximate: str, up_HD: Tensor, up_H: Tensor, down_DH: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.approximate, ctx.dtype = approximate, up_HD.dtype
-        up_HD, up_H, down_DH, down_D = (weight.to(inputs[0].dtype) for weight in (up_HD, up_H, down_DH, down_D))
+        up_HD, up_H, down_DH = (weight.to(inputs[0].dtype) for weight in (up_HD, up_H, down_DH))
         kept, outputs = [], []
         for x_Snd in inputs:
             d = x_Snd.shape[-1]
             before_SnH = F.linear(x_Snd, up_HD[:, :d], up_H)
-            kept.append(None if d <= _RECOMPUTED_SHARE * len(down_D) else before_SnH)
-            outputs.append(F.linear(F.gelu(before_SnH, approximate=approximate), down_DH[:d], down_D[:d]))
+            kept.append(None if d <= _RECOMPUTED_SHARE * len(down_DH) else before_SnH)
+            outputs.append(F.linear(F.gelu(before_SnH, approximate=approximate), down_DH[:d]))
         ctx.save_for_backward(up_HD, up_H, down_DH, *inputs, *kept)
         return tuple(outputs)
 
@@ -81,15 +81,13 @@ class _NestedMLP(torch.autograd.Function):
         up_grad_HD, down_grad_DH, up_grad_H = (
             torch.zeros_like(weight, dtype=ctx.dtype) for weight in (up_HD, down_DH, up_H)
         )
-        down_grad_D = down_grad_DH.new_zeros(len(down_DH))
         input_grads = []
         for x_Snd, before_SnH, grad_Snd in zip(saved[: len(grads)], saved[len(grads) :], grads, strict=True):
             d, x_Rd, grad_Rd = x_Snd.shape[-1], x_Snd.flatten(0, 1), grad_Snd.reshape(-1, x_Snd.shape[-1])
             before_RH = F.linear(x_Rd, up_HD[:, :d], up_H) if before_SnH is None else before_SnH.flatten(0, 1)
             hidden_RH, before_grad_RH, sum_H = _gelu_grad(before_RH, grad_Rd @ down_DH[:d], ctx.approximate, ctx.dtype)
             add_product(down_grad_DH[:d], grad_Rd, hidden_RH)
-            down_grad_D[:d] += grad_Rd.sum(0, dtype=ctx.dtype)
             add_product(up_grad_HD[:, :d], before_grad_RH, x_Rd)
             up_grad_H += sum_H
             input_grads.append((before_grad_RH @ up_HD[:, :d]).view_as(x_Snd))
-        return None, up_grad_HD, up_grad_H, down_grad_DH, down_grad_D, *input_grads
+        return None, up_grad_HD, up_grad_H, down_grad_DH, *input_grads

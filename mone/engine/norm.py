@@ -29,15 +29,23 @@ class Branch(NamedTuple):
 
     Attributes:
         outputs: For each segment [S, n, d].
+        bias_D: Of the projection that made them, to be added to them first; None: it has been.
         factor_R: float32 or wider. Of each token; None: 1.
     """
 
     outputs: list[Tensor]
+    bias_D: Tensor | None
     factor_R: Tensor | None
+
+    def biased(self) -> list[Tensor]:
+        """Outputs with the bias, of which each has its first features."""
+        if self.bias_D is None:
+            return self.outputs
+        return [output + self.bias_D[: output.shape[-1]].to(output.dtype) for output in self.outputs]
 
     def added_to(self, heads: list[Tensor]) -> list[Tensor]:
         """The stream [S, n, d] of each segment after the branch."""
-        outputs = self.outputs
+        outputs = self.biased()
         if self.factor_R is not None:
             factors = self.factor_R.split([head.shape[0] * head.shape[1] for head in heads])
             outputs = [
@@ -64,12 +72,12 @@ def add_and_norm(
     if heads[0].numel() and heads[0].dtype != torch.float64 and triton_runs(heads[0].device):
         from mone.engine.kernels.add_norm import KernelAddNorm, Norm  # here: there may be no Triton
 
-        outputs, factor_R = branch or ([None] * len(heads), None)
+        outputs, bias_D, factor_R = branch or ([None] * len(heads), None, None)
         stats = ((None, None) if tail is None else tail[:2] for tail in tails)
         means, spreads = zip(*stats, strict=True)
         factor_R = None if factor_R is None else factor_R.float().contiguous()
-        tensors = (*heads, *outputs, *means, *spreads)
-        found = list(KernelAddNorm.apply(norm.weight, norm.bias, factor_R, Norm(norm.eps, dtype), *tensors))  # pyright: ignore[reportArgumentType]
+        arguments = (norm.weight, norm.bias, bias_D, factor_R, Norm(norm.eps, dtype))
+        found = list(KernelAddNorm.apply(*arguments, *heads, *outputs, *means, *spreads))  # pyright: ignore[reportArgumentType]
         return (found[: len(heads)] if branch else heads), found[-len(heads) :]
     heads = branch.added_to(heads) if branch else heads
     return heads, [nested_norm(head, tail, norm, dtype) for head, tail in zip(heads, tails, strict=True)]

@@ -21,9 +21,9 @@ def project_in(weight_OI: Tensor, bias_O: Tensor, inputs: list[Tensor]) -> Tenso
     return _ProjectIn.apply(weight_OI, bias_O, *inputs)  # pyright: ignore[reportReturnType]
 
 
-def project_out(weight_OI: Tensor, bias_O: Tensor, x_RI: Tensor, segments: Segments) -> list[Tensor]:
-    """Rows [R, I] through the first d rows of a weight: for each segment [S, n, d]."""
-    return list(_ProjectOut.apply(weight_OI, bias_O, x_RI, segments))  # pyright: ignore[reportArgumentType]
+def project_out(weight_OI: Tensor, x_RI: Tensor, segments: Segments) -> list[Tensor]:
+    """Rows [R, I] through the first d rows of a weight, without a bias: for each segment [S, n, d]."""
+    return list(_ProjectOut.apply(weight_OI, x_RI, segments))  # pyright: ignore[reportArgumentType]
 
 
 def add_product(total_OI: Tensor, left_RO: Tensor, right_RI: Tensor) -> None:
@@ -61,14 +61,14 @@ class _ProjectIn(torch.autograd.Function):
 
 class _ProjectOut(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight_OI: Tensor, bias_O: Tensor, x_RI: Tensor, segments: Segments) -> tuple[Tensor, ...]:
-        cast_OI, cast_O = weight_OI.to(x_RI.dtype), bias_O.to(x_RI.dtype)
+    def forward(ctx: Any, weight_OI: Tensor, x_RI: Tensor, segments: Segments) -> tuple[Tensor, ...]:
+        cast_OI = weight_OI.to(x_RI.dtype)
         ctx.save_for_backward(cast_OI, x_RI)
         ctx.segments, ctx.dtype = segments, weight_OI.dtype
         num_sequences = x_RI.shape[0] // segments[-1].stop
         runs = x_RI.split([num_sequences * (s.stop - s.start) for s in segments])
         return tuple(
-            F.linear(run_RI, cast_OI[: s.width], cast_O[: s.width]).view(num_sequences, -1, s.width)
+            F.linear(run_RI, cast_OI[: s.width]).view(num_sequences, -1, s.width)
             for s, run_RI in zip(segments, runs, strict=True)
         )
 
@@ -76,12 +76,11 @@ class _ProjectOut(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight_OI, x_RI = ctx.saved_tensors
         weight_grad_OI = torch.zeros_like(weight_OI, dtype=ctx.dtype)
-        bias_grad_O, x_grad_RI = weight_grad_OI.new_zeros(weight_OI.shape[0]), torch.empty_like(x_RI)
+        x_grad_RI = torch.empty_like(x_RI)
         rows = [grad_Snd.reshape(-1, grad_Snd.shape[-1]) for grad_Snd in grads]
         lengths = [len(grad_Rd) for grad_Rd in rows]
         for grad_Rd, run_RI, run_grad_RI in zip(rows, x_RI.split(lengths), x_grad_RI.split(lengths), strict=True):
             width = grad_Rd.shape[1]
             torch.mm(grad_Rd, weight_OI[:width], out=run_grad_RI)
             add_product(weight_grad_OI[:width], grad_Rd, run_RI)
-            bias_grad_O[:width] += grad_Rd.sum(0, dtype=ctx.dtype)
-        return weight_grad_OI, bias_grad_O, x_grad_RI, None
+        return weight_grad_OI, x_grad_RI, None

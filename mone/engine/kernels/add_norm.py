@@ -24,9 +24,10 @@ _PROGRAMS = 5
 
 @triton.jit
 def _add_norm(
-    head_ptr, branch_ptr, factor_ptr, tail_mean_ptr, tail_spread_ptr, weight_ptr, bias_ptr,
+    head_ptr, branch_ptr, shift_ptr, factor_ptr, tail_mean_ptr, tail_spread_ptr, weight_ptr, bias_ptr,
     sum_ptr, normal_ptr, mean_ptr, scale_ptr, num_rows, width, dim, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, TAIL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, SHIFTED: tl.constexpr, SCALED: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -35,6 +36,8 @@ def _add_norm(
     head = tl.load(head_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         branch = tl.load(branch_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if SHIFTED:
+            branch += tl.load(shift_ptr + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
         if SCALED:
             branch *= tl.load(factor_ptr + row, mask=known, other=0.0)[:, None]
         head = (head + branch).to(sum_ptr.dtype.element_ty)
@@ -61,17 +64,21 @@ def _add_norm(
 
 @triton.jit
 def _add_norm_grad(
-    sum_ptr, branch_ptr, factor_ptr, tail_mean_ptr, mean_ptr, scale_ptr, weight_ptr, sum_grad_ptr, normal_grad_ptr,
+    sum_ptr, branch_ptr, shift_ptr, factor_ptr, tail_mean_ptr, mean_ptr, scale_ptr, weight_ptr,
+    sum_grad_ptr, normal_grad_ptr,
     head_grad_ptr, branch_grad_ptr, factor_grad_ptr, tail_mean_grad_ptr, tail_spread_grad_ptr,
-    weight_grad_ptr, bias_grad_ptr, num_rows, width, dim,
+    weight_grad_ptr, bias_grad_ptr, shift_grad_ptr, num_rows, width, dim,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, READ: tl.constexpr,
-    ADD: tl.constexpr, SCALED: tl.constexpr, TAIL: tl.constexpr,
+    ADD: tl.constexpr, SHIFTED: tl.constexpr, SCALED: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     weight_grad = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     bias_grad = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    shift_grad = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    if SHIFTED:
+        shift = tl.load(shift_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     for first in range(program * ROWS, num_rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         known, inside = row < num_rows, (row < num_rows)[:, None] & (column < width)[None, :]
@@ -87,6 +94,8 @@ def _add_norm_grad(
         if SCALED:
             branch = tl.load(branch_ptr + at, mask=inside, other=0.0).to(tl.float32)
             factor = tl.load(factor_ptr + row, mask=known, other=0.0)
+            if SHIFTED:
+                branch += shift[None, :]
         normal = tl.where(inside, (stream - mean[:, None]) * scale[:, None], 0.0)
         weight_grad += grad * normal
         bias_grad += grad
@@ -100,6 +109,8 @@ def _add_norm_grad(
             if SCALED:
                 branch_grad *= factor[:, None]
                 tl.store(factor_grad_ptr + row, tl.sum(tl.where(inside, stream_grad * branch, 0.0), axis=1), mask=known)
+            if SHIFTED:
+                shift_grad += tl.where(inside, branch_grad, 0.0)
             tl.store(branch_grad_ptr + at, branch_grad.to(branch_grad_ptr.dtype.element_ty), mask=inside)
         if TAIL:
             tail_share = (dim - width).to(tl.float32) / dim
@@ -111,6 +122,8 @@ def _add_norm_grad(
     at_sums = program.to(tl.int64) * dim + column
     tl.store(weight_grad_ptr + at_sums, tl.sum(weight_grad, axis=0), mask=column < width)
     tl.store(bias_grad_ptr + at_sums, tl.sum(bias_grad, axis=0), mask=column < width)
+    if SHIFTED:
+        tl.store(shift_grad_ptr + at_sums, tl.sum(shift_grad, axis=0), mask=column < width)
 
 
 class Norm(NamedTuple):
@@ -125,9 +138,17 @@ class KernelAddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight_D: Tensor, bias_D: Tensor, factor_R: Tensor | None, norm: Norm, *tensors: Tensor | None
+        ctx: Any,
+        weight_D: Tensor,
+        bias_D: Tensor,
+        shift_D: Tensor | None,
+        factor_R: Tensor | None,
+        norm: Norm,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """Of n experts: streams [.., d], branches (None: nothing to add), means and spreads of tails (None: no tail).
+
+        What is added is (branch + shift) factor.
 
         Returns:
             The sums, if there are branches, and what they are after LayerNorm.
@@ -144,11 +165,13 @@ class KernelAddNorm(torch.autograd.Function):
             normal = torch.empty_like(head, dtype=norm.dtype)
             mean_R, scale_R = torch.empty((2, rows), dtype=torch.float32, device=head.device)
             _add_norm[(triton.cdiv(rows, tile_rows),)](
-                *(head, _there(branch, head), _there(factor, head), _there(tail_mean, head), _there(tail_spread, head)),
+                head,
+                *(_there(tensor, head) for tensor in (branch, shift_D, factor, tail_mean, tail_spread)),
                 *(weight_D, bias_D, total, normal, mean_R, scale_R, rows, width, len(weight_D), norm.eps),
                 ROWS=tile_rows,
                 BLOCK=block,
                 ADD=branch is not None,
+                SHIFTED=shift_D is not None,
                 SCALED=factor is not None,
                 TAIL=tail_mean is not None,
                 num_warps=4,
@@ -156,7 +179,9 @@ class KernelAddNorm(torch.autograd.Function):
             sums.append(total)
             normals.append(normal)
             stats += [mean_R, scale_R]
-        ctx.save_for_backward(weight_D, factor_R, *sums, *(branches if factor_R is not None else []), *means, *stats)
+        ctx.save_for_backward(
+            weight_D, shift_D, factor_R, *sums, *(branches if factor_R is not None else []), *means, *stats
+        )
         ctx.branch_dtypes = [None if branch is None else branch.dtype for branch in branches]
         ctx.set_materialize_grads(False)
         return (*normals,) if branches[0] is None else (*sums, *normals)
@@ -164,7 +189,7 @@ class KernelAddNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of all that `forward` takes."""
-        weight_D, factor_R, *saved = ctx.saved_tensors
+        weight_D, shift_D, factor_R, *saved = ctx.saved_tensors
         count, dim, add = len(ctx.branch_dtypes), len(weight_D), ctx.branch_dtypes[0] is not None
         sums, saved = saved[:count], saved[count:]
         branches = [None] * count
@@ -174,10 +199,10 @@ class KernelAddNorm(torch.autograd.Function):
         sum_grads, normal_grads = (grads[:count], grads[count:]) if add else ([None] * count, grads)
         factor_grad_R = None if factor_R is None else torch.empty_like(factor_R)
         programs = [min(triton.cdiv(_sizes(s)[0], _sizes(s)[3]), _num_programs(weight_D.device)) for s in sums]
-        totals_2PD = torch.zeros((2, sum(programs), dim), dtype=torch.float32, device=weight_D.device)
+        totals_3PD = torch.zeros((3, sum(programs), dim), dtype=torch.float32, device=weight_D.device)
         results: list[list[Tensor | None]] = [[], [], [], []]
         factors, factor_grads = _runs(factor_R, sums), _runs(factor_grad_R, sums)
-        for index, (total, own_2Pd) in enumerate(zip(sums, totals_2PD.split(programs, dim=1), strict=True)):
+        for index, (total, own_3Pd) in enumerate(zip(sums, totals_3PD.split(programs, dim=1), strict=True)):
             rows, width, block, tile_rows = _sizes(total)
             mean_R, scale_R = stats[2 * index : 2 * index + 2]
             sum_grad, normal_grad, tail_mean = sum_grads[index], normal_grads[index], means[index]
@@ -189,22 +214,32 @@ class KernelAddNorm(torch.autograd.Function):
             if tail_mean is not None:
                 mean_grad, spread_grad = torch.empty_like(tail_mean), torch.empty_like(tail_mean)
             _add_norm_grad[(programs[index],)](
-                *(total, _there(branches[index], total), _there(factors[index], total), _there(tail_mean, total)),
+                total,
+                *(_there(tensor, total) for tensor in (branches[index], shift_D, factors[index], tail_mean)),
                 *(mean_R, scale_R, weight_D, _there(sum_grad, total), normal_grad, head_grad),
                 *(_there(g, total) for g in (branch_grad, factor_grads[index], mean_grad, spread_grad)),
-                *(own_2Pd[0], own_2Pd[1], rows, width, dim),
+                *(*own_3Pd.unbind(0), rows, width, dim),
                 ROWS=tile_rows,
                 BLOCK=block,
                 READ=sum_grad is not None,
                 ADD=add,
+                SHIFTED=shift_D is not None,
                 SCALED=factors[index] is not None,
                 TAIL=tail_mean is not None,
                 num_warps=4,
             )
             for found, result in zip(results, (head_grad, branch_grad, mean_grad, spread_grad), strict=True):
                 found.append(result)
-        weight_grad_D, bias_grad_D = totals_2PD.sum(1).to(weight_D.dtype)
-        return weight_grad_D, bias_grad_D, factor_grad_R, None, *(tensor for found in results for tensor in found)
+        weight_grad_D, bias_grad_D, shift_grad_D = totals_3PD.sum(1).to(weight_D.dtype)
+        shift_grad_D = None if shift_D is None else shift_grad_D
+        return (
+            weight_grad_D,
+            bias_grad_D,
+            shift_grad_D,
+            factor_grad_R,
+            None,
+            *(tensor for found in results for tensor in found),
+        )
 
 
 def _quarters(tensors: tuple[Tensor | None, ...]) -> list[tuple[Tensor | None, ...]]:

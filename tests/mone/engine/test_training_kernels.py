@@ -40,7 +40,7 @@ def test_a_branch_and_the_norm_after_it_with_gradients(offset, dim, add, scaled)
     widths, counts, sequences = (dim // 8, dim // 2, dim), (7, 5, 1), 3
     whole = [leaf(sequences, count, dim, offset=offset) for count in counts]
     outputs = [leaf(sequences, count, width) for count, width in zip(counts, widths, strict=True)]
-    factor_R, layer = leaf(sequences * sum(counts)), nn.LayerNorm(dim, 1e-6).to(DEVICE)
+    factor_R, bias_D, layer = leaf(sequences * sum(counts)), leaf(dim), nn.LayerNorm(dim, 1e-6).to(DEVICE)
     with torch.no_grad():
         layer.weight.normal_()
         layer.bias.normal_()
@@ -56,10 +56,10 @@ def test_a_branch_and_the_norm_after_it_with_gradients(offset, dim, add, scaled)
         width, z = output.shape[-1], x.double()
         if add:
             scale = factor.view(sequences, -1, 1) if scaled else 1.0
-            z = z + F.pad(scale * output, (0, dim - width))
+            z = z + F.pad(scale * (output + bias_D[:width] if scaled else output), (0, dim - width))
         expected[0].append(z[..., :width])
         expected[1].append(exact(z)[..., :width])
-    wanted = [*whole, *(outputs if add else []), *([factor_R] if add and scaled else [])]
+    wanted = [*whole, *(outputs if add else []), *([factor_R, bias_D] if add and scaled else [])]
     expected_grads = gradients([*expected[0], *expected[1]], [*wanted, *exact.parameters()])
 
     heads, tails = [], []
@@ -68,7 +68,7 @@ def test_a_branch_and_the_norm_after_it_with_gradients(offset, dim, add, scaled)
         tail = x[..., width:]
         mean = tail.mean(-1, keepdim=True)
         tails.append(Tail(mean, (tail - mean).square().sum(-1, keepdim=True), dim - width) if width < dim else None)
-    branch = Branch(outputs, factor_R if scaled else None) if add else None
+    branch = Branch(outputs, *((bias_D, factor_R) if scaled else (None, None))) if add else None
     sums, normals = add_and_norm(heads, branch, tails, layer, torch.float32)
     grads = gradients([*sums, *normals], [*wanted, *layer.parameters()])
     for actual, other in zip([*sums, *normals, *grads], [*expected[0], *expected[1], *expected_grads], strict=True):
