@@ -7,7 +7,9 @@ the two of the MLP. Each works on the rows of all experts.
 Shapes: S sequences, N tokens, R rows, D model features, H hidden features, C class tokens, L blocks.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple, cast
 
 import torch
@@ -19,43 +21,14 @@ from mone.engine.blocks import compute_dtype, finish
 from mone.engine.casts import cast as cast_weight
 from mone.engine.kernels.attention import attend_rows
 from mone.engine.kernels.enter import enter_rows
-from mone.engine.kernels.gemm import Tiling, grouped_gemm
+from mone.engine.kernels.gelu import form_of
+from mone.engine.kernels.gemm import grouped_gemm
 from mone.engine.kernels.narrow_mlp import narrow_mlp
 from mone.engine.kernels.norm import SMALLEST_BLOCK, norm_rows
 from mone.engine.layout import from_layout
 from mone.engine.rows import Places, Run, num_rows, places_of, row_of_token, runs_of, tiles_of
+from mone.engine.tilings import Tiling, Tilings, tilings_for
 from mone.nested import Segments
-
-
-class Attending(NamedTuple):
-    """How attention is cut: queries of a program, keys taken at a time, warps, stages of loads."""
-
-    block_q: int = 64
-    block_k: int = 64
-    warps: int = 4
-    stages: int = 2
-
-
-class Tilings(NamedTuple):
-    """How each of a block's parts is cut into tiles.
-
-    Attributes:
-        qkv, out, up, down: The products.
-        narrow: The MLP of experts of at most `narrow_width` features, in one launch.
-        attention: Attention.
-    """
-
-    qkv: Tiling = Tiling(128, 256, 64, 8, 3)
-    out: Tiling = Tiling(128, 128, 64, 8, 4)
-    up: Tiling = Tiling(128, 256, 64, 8, 3)
-    down: Tiling = Tiling(128, 128, 64, 8, 4)
-    narrow: Tiling = Tiling(128, 64, 64, 8, 3)
-    narrow_width: int = 0
-    attention: Attending = Attending()
-
-
-# A float32 stream takes twice the shared memory where a product is added to it.
-_WIDE_STREAM = Tilings(out=Tiling(128, 128, 64, 8, 3), down=Tiling(128, 128, 64, 8, 3))
 
 
 class _Buffers(NamedTuple):
@@ -96,8 +69,8 @@ def run_on_rows(
     tilings: Tilings | None = None,
 ) -> Tensor:
     """Run all blocks; as `blocks.run_on_layout`, without gradients."""
-    tilings = tilings or (_WIDE_STREAM if x_SND.dtype == torch.float32 else Tilings())
     runs = runs_of(segments, x_SND.shape[0])
+    tilings = tilings or tilings_for(x_SND.device, runs, x_SND.shape[-1])
     row_SN = _rows(runs, x_SND.shape[0], x_SND.device)
     buffers = _enter(blocks, x_SND.contiguous(), runs, row_SN)
     gain_LR = gain_LSN1.new_zeros((len(blocks), num_rows(runs)), dtype=torch.float32)
@@ -146,19 +119,39 @@ def _block(
     attend_rows(buffers.qkv_RX, buffers.mixed_RD, places, attention.num_heads, **tilings.attention._asdict())
     _project_out(attention.out, buffers.mixed_RD, buffers.head_RD, runs, tilings.out)
     _norm(block.norm_mlp, buffers, runs)
-    activation = "gelu_tanh" if mlp.activation.approximate == "tanh" else "gelu"
-    hidden, dtype = range(mlp.up.out_features), buffers.normal_RD.dtype
-    narrow = tuple(run for run in runs if run.width <= tilings.narrow_width)
+    activation = form_of(mlp.activation.approximate, buffers.normal_RD.dtype)
+    hidden, dtype = mlp.up.out_features, buffers.normal_RD.dtype
+    narrow = {run: tiling for run in runs if (tiling := tilings.narrow_of(run.width, hidden))}
+    with _beside(buffers.head_RD.device, tilings.beside and len(narrow) > 0):
+        for run, tiling in narrow.items():
+            up_HD, down_DH = cast_weight(mlp.up.weight, dtype), cast_weight(mlp.down.weight, dtype)
+            narrow_mlp(
+                *(buffers.normal_RD, up_HD, mlp.up.bias, down_DH, mlp.down.bias, buffers.head_RD, run, gain_R),
+                tiling=tiling,
+                activation=activation,
+            )
     if wide := tuple(run for run in runs if run not in narrow):
-        _project(mlp.up, buffers.normal_RD, buffers.hidden_RH, wide, tilings.up, hidden, activation=activation)
+        _project(mlp.up, buffers.normal_RD, buffers.hidden_RH, wide, tilings.up, range(hidden), activation=activation)
         _project_out(mlp.down, buffers.hidden_RH, buffers.head_RD, wide, tilings.down, gain_R)
-    for run in narrow:
-        up_HD, down_DH = cast_weight(mlp.up.weight, dtype), cast_weight(mlp.down.weight, dtype)
-        narrow_mlp(
-            *(buffers.normal_RD, up_HD, mlp.up.bias, down_DH, mlp.down.bias, buffers.head_RD, run, gain_R),
-            tiling=tilings.narrow,
-            activation=activation,
-        )
+    if tilings.beside and narrow and buffers.head_RD.is_cuda:
+        torch.cuda.current_stream().wait_stream(_side_stream(buffers.head_RD.device))
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device, wanted: bool) -> Iterator[None]:
+    """Launch on a side stream, after what was launched before; the caller waits for it."""
+    if not wanted or device.type != "cuda":
+        yield
+        return
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _class_tokens(

@@ -18,7 +18,7 @@ _VALUES = 4096
 # may read.
 SMALLEST_BLOCK = 64
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch import Tensor
 from mone.engine.kernels.norm import norm_rows
 from mone.engine.rows import Run
 
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 # Values that a program holds of one tensor; it holds four.
 _VALUES = 2048
