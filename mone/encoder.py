@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mone.blocks import Neighbours, last_kept, make_blocks, take
 from mone.config import ModelConfig
 from mone.engine.choice import Engine, run_blocks
+from mone.engine.tokens import Tokens
 from mone.nested import Segment, segments_of
 from mone.routing import RoutingPlan, expert_preferred_routing, make_router, merge_frames
 
@@ -71,14 +72,13 @@ class NestedEncoder(nn.Module):
             num_class_tokens *= config.num_indices
             neighbours = self._frames(order_SN, kept_BK)
         weight_SN1 = take(plan.weight_BN.reshape(*x_SND.shape[:2], 1), order_SN)
-        x_SND = take(x_SND, order_SN)
         # Class tokens join the full expert at the end; they have no r_j, so their gain is 1.
         classes_KD = self.class_token_KD.repeat(num_class_tokens, 1)[:num_class_tokens]
-        x_SND = torch.cat([x_SND, classes_KD.expand(x_SND.shape[0], -1, -1)], dim=1)
+        tokens = Tokens(x_SND, order_SN, classes_KD)
         weight_SN1 = F.pad(weight_SN1, (0, 0, 0, num_class_tokens))
         segments = segments_of(counts, config.widths, num_class_tokens)
         gain_LSN1 = (self.bounded_alphas().view(-1, 1, 1, 1) * weight_SN1 + 1).to(x_SND.dtype)
-        x_SND = run_blocks(self.engine, self.blocks, x_SND, segments, gain_LSN1, neighbours, num_class_tokens)
+        x_SND = run_blocks(self.engine, self.blocks, tokens, segments, gain_LSN1, neighbours, num_class_tokens)
         if num_class_tokens:
             pooled = x_SND
         elif neighbours:

@@ -28,6 +28,7 @@ from mone.engine.kernels.norm import SMALLEST_BLOCK, norm_rows
 from mone.engine.layout import from_layout
 from mone.engine.rows import Places, Run, num_rows, places_of, row_of_token, runs_of, tiles_of
 from mone.engine.tilings import Tiling, Tilings, tilings_for
+from mone.engine.tokens import Tokens
 from mone.nested import Segments
 
 
@@ -50,18 +51,18 @@ class _Buffers(NamedTuple):
     hidden_RH: Tensor
 
 
-def fits_kernels(blocks: nn.ModuleList, x_SND: Tensor) -> bool:
+def fits_kernels(blocks: nn.ModuleList, x_SKD: Tensor) -> bool:
     """Whether the kernels take these sizes and dtypes, and no gradient is wanted."""
-    attention, dim = cast(Block, blocks[0]).attention, x_SND.shape[-1]
+    attention, dim = cast(Block, blocks[0]).attention, x_SKD.shape[-1]
     head_dim = dim // attention.num_heads
     inference = not torch.is_grad_enabled() and not blocks.training
-    halves = compute_dtype(x_SND) in (torch.bfloat16, torch.float16)
-    return inference and halves and x_SND.numel() > 0 and dim % 16 == 0 and head_dim in (16, 32, 64, 128)
+    halves = compute_dtype(x_SKD) in (torch.bfloat16, torch.float16)
+    return inference and halves and x_SKD.numel() > 0 and dim % 16 == 0 and head_dim in (16, 32, 64, 128)
 
 
 def run_on_rows(
     blocks: nn.ModuleList,
-    x_SND: Tensor,
+    tokens: Tokens,
     segments: Segments,
     gain_LSN1: Tensor,
     neighbours: Neighbours | None = None,
@@ -69,10 +70,11 @@ def run_on_rows(
     tilings: Tilings | None = None,
 ) -> Tensor:
     """Run all blocks; as `blocks.run_on_layout`, without gradients."""
-    runs = runs_of(segments, x_SND.shape[0])
-    tilings = tilings or tilings_for(x_SND.device, runs, x_SND.shape[-1])
-    row_SN = _rows(runs, x_SND.shape[0], x_SND.device)
-    buffers = _enter(blocks, x_SND.contiguous(), runs, row_SN)
+    num_sequences, _, dim = tokens.x_SKD.shape
+    device, runs = tokens.x_SKD.device, runs_of(segments, num_sequences)
+    tilings = tilings or tilings_for(device, runs, dim)
+    row_SN = _rows(runs, num_sequences, device)
+    buffers = _enter(blocks, tokens, runs, row_SN)
     gain_LR = gain_LSN1.new_zeros((len(blocks), num_rows(runs)), dtype=torch.float32)
     gain_LR.index_copy_(1, row_SN.flatten(), gain_LSN1.flatten(1).float())
     places = places_of(row_SN, neighbours)
@@ -84,20 +86,21 @@ def run_on_rows(
         return _class_tokens(last, buffers, runs, places, gain_LSN1[-1, :, -num_class_tokens:], rows_SC, tilings)
     _block(last, buffers, runs, places, gain_LR[-1], tilings)
     heads = [
-        buffers.head_RD[run.start : run.stop, : run.width].unflatten(0, (x_SND.shape[0], run.count)) for run in runs
+        buffers.head_RD[run.start : run.stop, : run.width].unflatten(0, (num_sequences, run.count)) for run in runs
     ]
-    return from_layout(heads, x_SND, segments)
+    return from_layout(heads, tokens.sorted(), segments)
 
 
-def _enter(blocks: nn.ModuleList, x_SND: Tensor, runs: tuple[Run, ...], row_SN: Tensor) -> _Buffers:
-    rows, dim, dtype = num_rows(runs), x_SND.shape[-1], compute_dtype(x_SND)
+def _enter(blocks: nn.ModuleList, tokens: Tokens, runs: tuple[Run, ...], row_SN: Tensor) -> _Buffers:
+    x_SKD = tokens.x_SKD
+    rows, dim, dtype = num_rows(runs), x_SKD.shape[-1], compute_dtype(x_SKD)
     hidden = cast(Block, blocks[0]).mlp.up.out_features
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x_SND.device)
+        return torch.empty(shape, dtype=dtype, device=x_SKD.device)
 
     buffers = _Buffers(
-        head_RD=empty(rows, dim, dtype=x_SND.dtype),
+        head_RD=empty(rows, dim, dtype=x_SKD.dtype),
         tail_mean_R=empty(rows, dtype=torch.float32),
         tail_spread_R=empty(rows, dtype=torch.float32),
         normal_RD=empty(rows, -(-dim // SMALLEST_BLOCK) * SMALLEST_BLOCK),
@@ -105,7 +108,7 @@ def _enter(blocks: nn.ModuleList, x_SND: Tensor, runs: tuple[Run, ...], row_SN: 
         mixed_RD=empty(rows, dim),
         hidden_RH=empty(rows, hidden),
     )
-    enter_rows(x_SND, row_SN, _widths(runs, x_SND.device), *buffers[:3])
+    enter_rows(tokens, row_SN, _widths(runs, x_SKD.device), *buffers[:3])
     return buffers
 
 

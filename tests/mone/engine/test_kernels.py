@@ -18,6 +18,7 @@ from mone.engine.kernels.norm import norm_rows
 from mone.engine.kernels.norm_grad import KernelNorm
 from mone.engine.rows import ALIGNMENT, Places, num_rows, row_of_token, runs_of, tiles_of
 from mone.engine.tilings import Tiling
+from mone.engine.tokens import Tokens
 from mone.nested import segments_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,7 +106,7 @@ def test_norms_of_heads_are_those_of_whole_tokens(counts, with_branch, offset):
     width_N = table([run.width for run in runs for _ in range(run.count)])
     head, normal = (torch.full((rows, DIM), torch.nan, device=DEVICE) for _ in range(2))
     mean, spread = torch.empty(2, rows, device=DEVICE).unbind(0)
-    enter_rows(x_SND, row_SN, width_N, head, mean, spread)
+    enter_rows(Tokens(x_SND), row_SN, width_N, head, mean, spread)
     branch, gain = (randn(rows, DIM), randn(rows)) if with_branch else (None, None)
     weight, bias = randn(DIM), randn(DIM)
     norm_rows(head, mean, spread, weight, bias, 1e-6, normal, runs, branch_RD=branch, gain_R=gain)

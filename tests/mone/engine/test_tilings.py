@@ -54,7 +54,7 @@ def test_a_choice_is_used_from_the_next_process_on():
 def test_a_damaged_file_is_named():
     choices_file().parent.mkdir()
     choices_file().write_text('{"a": {"qkv": 3}}')
-    with pytest.raises(ValueError, match="tilings.json"):
+    with pytest.raises(ValueError, match=r"tilings\.json"):
         chosen()
 
 
