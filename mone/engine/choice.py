@@ -13,12 +13,50 @@ from mone.blocks import Neighbours
 from mone.engine.blocks import run_on_layout
 from mone.engine.tokens import Tokens
 from mone.nested import Segments
+from mone.routing import LearnedRouter, RandomRouter, RoutingPlan, expert_preferred_routing
 
 Engine = Literal["auto", "triton", "layout", "reference"]
 
 # Queries, keys and values that a processor computes at a time: glibc hands tensors of 32 MiB and more back to the
 # system as they are freed, and to get them again can cost as much as the product itself.
 _PROCESSOR_BYTES = 30 * 2**20
+
+
+def uses_kernels(engine: Engine, blocks: nn.ModuleList, x_BKD: Tensor) -> bool:
+    """Whether Triton kernels take these tokens."""
+    if engine != "triton":
+        return False
+    from mone.engine.fused import fits_kernels
+
+    return fits_kernels(blocks, x_BKD)
+
+
+def place(
+    kernels: bool, x_BKD: Tensor, positions: Tensor, router: LearnedRouter | RandomRouter
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens with their positions [B, K, D]; and, where a kernel has them from the same reading, the router's logits.
+
+    Args:
+        kernels: From `uses_kernels`.
+        x_BKD: Tokens.
+        positions: [K, D] or [B, K, D].
+        router: Whose linear part is computed.
+    """
+    if not (kernels and isinstance(router, LearnedRouter)):
+        return x_BKD + positions, None
+    from mone.engine.kernels.route import place_and_score
+
+    return place_and_score(x_BKD, positions, router.weight, router.bias)
+
+
+def route(kernels: bool, probabilities_SNE: Tensor, counts: tuple[int, ...], *, cumulative: bool) -> RoutingPlan:
+    """`expert_preferred_routing`, in one launch where kernels run and a sequence's tokens are few."""
+    if kernels:
+        from mone.engine.kernels.route import MOST_TOKENS, prefer
+
+        if probabilities_SNE.shape[1] <= MOST_TOKENS:
+            return RoutingPlan(*prefer(probabilities_SNE, counts, cumulative=cumulative), counts)
+    return expert_preferred_routing(probabilities_SNE, counts, cumulative=cumulative)
 
 
 def run_blocks(
@@ -43,11 +81,10 @@ def run_blocks(
         neighbours: As in `Block`.
         num_class_tokens: R, at the end of a sequence.
     """
-    if engine == "triton":
-        from mone.engine.fused import fits_kernels, run_on_rows  # here: there may be no Triton
+    if uses_kernels(engine, blocks, tokens.x_SKD):
+        from mone.engine.fused import run_on_rows  # here: there may be no Triton
 
-        if fits_kernels(blocks, tokens.x_SKD):
-            return run_on_rows(blocks, tokens, segments, gain_LSN1, neighbours, num_class_tokens)
+        return run_on_rows(blocks, tokens, segments, gain_LSN1, neighbours, num_class_tokens)
     x_SND = tokens.sorted()
     if engine == "reference" or (engine == "auto" and (x_SND.is_cuda or _must_be_called(blocks))):
         for block, gain_SN1 in zip(blocks, gain_LSN1, strict=True):

@@ -1,7 +1,7 @@
 """How the kernels cut their work into tiles: defaults by card, and choices that were measured and kept on disk.
 
-Nothing is measured in inference: `python -m jobs.benchmark tune` does so when it is asked to, and a process reads the
-file once. Another tiling sums in another order, so a process never changes its mind.
+Nothing is measured in inference: whoever measures keeps a choice with `keep`, and a process reads the file once.
+Another tiling sums in another order, so a process never changes its mind.
 """
 
 import functools

@@ -16,10 +16,12 @@ from mone.engine.kernels.gemm import grouped_gemm
 from mone.engine.kernels.narrow_mlp import narrow_mlp, parts_of
 from mone.engine.kernels.norm import norm_rows
 from mone.engine.kernels.norm_grad import KernelNorm
+from mone.engine.kernels.route import place_and_score, prefer
 from mone.engine.rows import ALIGNMENT, Places, num_rows, row_of_token, runs_of, tiles_of
 from mone.engine.tilings import Tiling
 from mone.engine.tokens import Tokens
 from mone.nested import segments_of
+from mone.routing import expert_preferred_routing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTHS, DIM, SEQUENCES = (16, 32, 64, 128), 128, 3
@@ -233,3 +235,35 @@ def test_parts_hold_a_width(width):
     assert width <= sum(parts) <= max(32, triton.next_power_of_2(width))
     assert all(part == 0 or (part >= 16 and part & (part - 1) == 0) for part in parts)
     assert parts == {48: (32, 16), 96: (64, 32), 112: (128, 0), 128: (128, 0)}.get(width, parts)
+
+
+@pytest.mark.parametrize("cumulative", [False, True])
+@pytest.mark.parametrize(
+    "counts", [(5, 3, 2, 2), (0, 0, 0, 12), (12, 0, 0, 0), (4, 4), (3, 1, 2), (7,), (60, 30, 20, 9)]
+)
+@pytest.mark.parametrize("kind", ["all different", "ties", "not a number"])
+def test_experts_choose_as_in_the_reference(counts, cumulative, kind):
+    probabilities = randn(2, sum(counts), len(counts)).softmax(-1)
+    if kind == "ties":
+        probabilities = (probabilities * 4).round() / 4
+    if kind == "not a number":
+        probabilities[:, 1::3] = torch.nan
+    for routed in (counts, (counts[0] // 2, *counts[1:])):
+        if sum(routed) == 0:
+            continue
+        expected = expert_preferred_routing(probabilities, routed, cumulative=cumulative)
+        actual = prefer(probabilities, routed, cumulative=cumulative)
+        for one, other in zip(actual, expected[:3], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.float16,) * 2]
+)
+def test_tokens_are_placed_and_scored(batched, dtypes):
+    x, weight, bias = randn(3, 13, 48, dtype=dtypes[0]), randn(4, 48), randn(4)
+    positions = randn(*(3, 13, 48) if batched else (13, 48), dtype=dtypes[1])
+    placed, logits = place_and_score(x, positions, weight, bias)
+    assert torch.equal(placed, x + positions)
+    torch.testing.assert_close(logits, F.linear((x + positions).float(), weight, bias), rtol=1e-4, atol=1e-4)
