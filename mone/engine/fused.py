@@ -72,7 +72,7 @@ def run_on_rows(
     """Run all blocks; as `blocks.run_on_layout`, without gradients."""
     num_sequences, _, dim = tokens.x_SKD.shape
     device, runs = tokens.x_SKD.device, runs_of(segments, num_sequences)
-    tilings = tilings or tilings_for(device, runs, dim)
+    tilings = tilings or tilings_for(device, runs, dim, tokens.x_SKD.dtype)
     row_SN = _rows(runs, num_sequences, device)
     buffers = _enter(blocks, tokens, runs, row_SN)
     gain_LR = gain_LSN1.new_zeros((len(blocks), num_rows(runs)), dtype=torch.float32)

@@ -86,14 +86,23 @@ _L4 = Tilings(*[_SMALL] * 4, narrow=((64, Tiling(64, 64, 64, 4, 2)),), attention
 _DENSE_SHARE = 0.75
 
 
-def tilings_for(device: torch.device, runs: tuple[Run, ...], dim: int) -> Tilings:
+def tilings_for(device: torch.device, runs: tuple[Run, ...], dim: int, stream: torch.dtype) -> Tilings:
     """Those that were measured for this card and such a batch, else the card's defaults."""
-    return chosen().get(key_of(device, runs, dim)) or default_tilings(_capability(device), mean_share(runs, dim))
+    share, wide = mean_share(runs, dim), stream == torch.float32
+    return chosen().get(key_of(device, runs, dim, stream)) or default_tilings(_capability(device), share, wide)
 
 
-def default_tilings(capability: tuple[int, int], share: float) -> Tilings:
-    """For a compute capability, and the mean width of the tokens as a share of the full width."""
+def default_tilings(capability: tuple[int, int], share: float, wide_stream: bool = False) -> Tilings:
+    """Without measuring.
+
+    Args:
+        capability: Compute capability.
+        share: Mean width of the tokens as a share of the full width.
+        wide_stream: The residual stream is float32, which takes twice the room where a product is added to it.
+    """
     if capability >= (9, 0):
+        if wide_stream:
+            return _HOPPER_NESTED
         return _HOPPER_DENSE if share >= _DENSE_SHARE else _HOPPER_NESTED
     return _A100 if capability == (8, 0) else _L4
 
@@ -104,13 +113,14 @@ def mean_share(runs: tuple[Run, ...], dim: int) -> float:
     return sum((run.stop - run.start) * run.width for run in runs) / (rows * dim)
 
 
-def key_of(device: torch.device, runs: tuple[Run, ...], dim: int) -> str:
-    """What a choice holds for: card, Triton, D, mean width to a tenth, rows to a power of two."""
+def key_of(device: torch.device, runs: tuple[Run, ...], dim: int, stream: torch.dtype) -> str:
+    """What a choice holds for: card, Triton, D, dtype of the stream, mean width to a tenth, rows to a power of two."""
     import triton
 
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     rows = sum(run.stop - run.start for run in runs)
-    return f"{card} triton-{triton.__version__} dim-{dim} share-{mean_share(runs, dim):.1f} rows-{rows.bit_length()}"
+    kind, share = str(stream).removeprefix("torch."), f"{mean_share(runs, dim):.1f}"
+    return f"{card} triton-{triton.__version__} dim-{dim} {kind} share-{share} rows-{rows.bit_length()}"
 
 
 def choices_file() -> Path:
