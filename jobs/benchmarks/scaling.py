@@ -12,7 +12,7 @@ from jobs.cli import UserError, checking_input
 from jobs.inputs import choose_device
 from jobs.metrics import read_metrics
 from jobs.run_log import RunLog
-from jobs.training_data import SPLITS, TrainingData, training_data, worker_sources
+from jobs.training_data import MOTIONS_DATA, TrainingData, worker_sources
 from mone.baselines import with_method
 from mone.capacity import check_capacity
 from mone.config import preset
@@ -83,16 +83,21 @@ class Scaling:
         """All videos as one split."""
         if not self.workers or min(self.workers) < 1 or self.batch_size < 1 or self.clips_per_video < 1:
             raise UserError("--workers, --batch-size and --clips-per-video must be at least 1")
-        with checking_input():
-            data = training_data(self.data, "split")
-            self._job(1, data, "")
-        if data.videos is None:
+        if self.data == MOTIONS_DATA:
             raise UserError("give labelled videos: generated clips need neither decoder nor cache")
-        videos = [video for split in SPLITS for video in data.videos[split]]
+        # Here, so that a machine which does not scale needs no decoder.
+        from pipelines.archive import list_labelled
+
+        with checking_input():
+            videos = list(list_labelled(self.data))
+            data = TrainingData(
+                tuple(sorted({video.label for video in videos})), {"train": videos, "val": [], "test": []}
+            )
+            self._job(1, data, "")
         steps = len(videos) * self.clips_per_video // (max(self.workers) * self.batch_size)
         if steps < _LINES_SKIPPED + 2:
             raise UserError(f"an epoch has {steps} steps: give more videos, or a larger --clips-per-video")
-        return TrainingData(data.labels, {"train": videos, "val": [], "test": []})
+        return data
 
     def _job(self, workers: int, data: TrainingData, output: str) -> TrainJob:
         sizes = {"num_frames": self.frames, "height_px": self.size, "width_px": self.size}

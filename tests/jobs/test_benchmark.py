@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import jobs.benchmark
+from jobs.inputs import BUNDLED
 from mone.baselines import METHODS, capacities_of, sharing_weights, with_method
 from mone.checkpoint import save_checkpoint
 from mone.compute import clip_compute, training_flops
@@ -19,6 +20,7 @@ from tests.conftest import TINY, run_job
 
 SMALL = ["--preset", "tiny", "--frames", "4", "--size", "32", "--batch-size", "2"]
 CAPACITIES = (0.2, 1.0)
+BUNDLED_LABELS = str(BUNDLED / "clips" / "labels.csv")
 ASKED = ["--capacity", *map(str, CAPACITIES)]
 
 
@@ -204,10 +206,43 @@ def test_bad_options_of_precision(refused, options, names):
     refused("precision", *options, names=names)
 
 
-@pytest.mark.parametrize("name", jobs.benchmark.BENCHMARKS)
+@pytest.mark.parametrize("name", sorted(jobs.benchmark.BENCHMARKS.keys() - {"scaling", "tune"}))
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(refused, name):
     refused(name, "--device", "cuda", names="cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tilings_are_tuned_on_a_gpu_alone(refused):
+    refused("tune", names="there is none")
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--data", "motions"], "labelled videos"),
+        (["--data", BUNDLED_LABELS, "--workers", "0"], "--workers"),
+        (["--data", BUNDLED_LABELS, "--batch-size", "64"], "--clips-per-video"),
+        (["--data", "no/such.csv"], "no/such.csv"),
+    ],
+)
+def test_bad_options_of_scaling(refused, options, names):
+    refused("scaling", *options, names=names)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_training_with_one_worker_and_with_two_takes_as_many_steps(capsys):
+    options = ["--preset", "tiny", "--frames", "4", "--size", "32", "--batch-size", "2", "--workers", "1", "2"]
+    assert jobs.benchmark.main(["scaling", "--data", BUNDLED_LABELS, "--clips-per-video", "1", *options]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    one, two = record["rows"]
+    assert (one["workers"], two["workers"]) == (1, 2) and one["efficiency"] == 1
+    for row in record["rows"]:
+        assert len(row["clips_per_s_intervals"]) >= 4
+        assert row["clips_per_s"] == statistics.median(row["clips_per_s_intervals"])
+        assert 0 <= row["data_wait_share"] <= 1
+    assert two["efficiency"] == pytest.approx(two["clips_per_s"] / one["clips_per_s"] / 2)
 
 
 def test_an_unknown_benchmark(refused):
