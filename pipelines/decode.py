@@ -4,9 +4,10 @@ Frames are scaled in the decoder (bicubic, short side to the model's size) and c
 view of video models. Neither decoder lives longer than one call: an idle decord reader decodes ahead without limit.
 """
 
+import dataclasses
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -74,6 +75,10 @@ class Clip:
     decoder: str
     note: str = ""
 
+    def with_note(self, note: str) -> "Clip":
+        """The same clip with a note before its own."""
+        return dataclasses.replace(self, note="; ".join(filter(None, (note, self.note))))
+
 
 class DecoderUnfit(Exception):  # noqa: N818 - the next decoder's turn
     """This decoder cannot serve this file."""
@@ -83,34 +88,36 @@ Outcome = Clip | DecodeFailure
 Decoder = Callable[[Source, Sequence[tuple[float, float]], View], list[Outcome]]
 
 
-def decode_clips(source: Source, spans: Sequence[tuple[float, float]], view: View) -> list[Outcome]:
+def decode_clips(
+    source: Source,
+    spans: Sequence[tuple[float, float]],
+    view: View,
+    decoders: Collection[str] = (),
+) -> list[Outcome]:
     """Decode spans of one video; every span gets its frames or the reason why not, in order.
 
     Args:
         source: The file.
         spans: Half-open (start_s, end_s) in seconds of presentation time.
         view: Frames and size wanted.
+        decoders: The chain, each taking over where the one before cannot serve the file; default DECODERS.
     """
     reasons: list[str] = []
-    for name, decoder in DECODERS.items():
+    for name in decoders or DECODERS:
         try:
-            outcomes = decoder(source, spans, view)
+            outcomes = DECODERS[name](source, spans, view)
         except DecoderUnfit as unfit:
             reasons.append(f"{name}: {unfit}")
         except DecodeFailure as failure:
             return [failure] * len(spans)
         except MemoryError:
             return [DecodeFailure(Status.UNSUPPORTED, "not enough memory for its frames")] * len(spans)
+        except Exception as error:  # a damaged file can fail anywhere in the bindings
+            reasons.append(f"{name}: {type(error).__name__}: {error}")
         else:
-            return [_with_note(outcome, reasons) for outcome in outcomes]
+            note = "; ".join(reasons)
+            return [outcome.with_note(note) if isinstance(outcome, Clip) else outcome for outcome in outcomes]
     return [DecodeFailure(Status.DECODE_ERROR, "; ".join(reasons))] * len(spans)
-
-
-def _with_note(outcome: Outcome, reasons: list[str]) -> Outcome:
-    if isinstance(outcome, DecodeFailure) or not reasons:
-        return outcome
-    note = "; ".join([*reasons, outcome.note] if outcome.note else reasons)
-    return Clip(frames_THWC=outcome.frames_THWC, decoder=outcome.decoder, note=note)
 
 
 def _decode_decord(source: Source, spans: Sequence[tuple[float, float]], view: View) -> list[Outcome]:

@@ -34,6 +34,9 @@ class DecodeFailure(Exception):  # noqa: N818 - becomes a row
         super().__init__(" ".join(message.split()))
         self.status = status
 
+    def __reduce__(self) -> tuple[type["DecodeFailure"], tuple[Status, str]]:
+        return type(self), (self.status, str(self))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoInfo:
