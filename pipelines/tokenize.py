@@ -49,11 +49,11 @@ def tokenize_table(
 
 
 def _row(clip: PlannedClip, outcome: Outcome, config: ModelConfig, options: TokenOptions) -> dict:
-    row = dataclasses.asdict(clip) | {"decoder": "", "patches": None, "kept": None}
+    row = dataclasses.asdict(clip) | {"decoder": "", "patches": None, "kept": None, "repeated_share": None}
     if not isinstance(outcome, Clip):
         return row | {"status": outcome.status.value, "error": str(outcome)}
     note = "; ".join(filter(None, (clip.note, outcome.note)))
-    row |= {"decoder": outcome.decoder, "note": note}
+    row |= {"decoder": outcome.decoder, "note": note, "repeated_share": outcome.repeated_share}
     views = view_of(config, options.views).windows(outcome.frames_THWC)
     patches_VFNP = np.stack([to_patches(frames_THWC, config) for frames_THWC in views])
     if options.drop_static is None:
