@@ -37,6 +37,12 @@ def take_memory(num_bytes: int) -> int:
     return int(np.full(num_bytes, 1, np.uint8)[::4096].sum())
 
 
+def take_memory_and_hang(num_bytes: int) -> None:
+    held = np.full(num_bytes, 1, np.uint8)
+    hang_with_the_lock()
+    del held
+
+
 def keep_memory(num_bytes: int) -> None:
     sys.modules[__name__].kept = np.full(num_bytes, 1, np.uint8)
 
@@ -112,16 +118,14 @@ def test_a_hang_ends_at_its_limit():
     assert 0.5 <= time.monotonic() - started_s < 60
 
 
-@pytest.mark.parametrize("share", [1.5, 100.0], ids=["watched", "the kernel's"])
-def test_memory_ends_at_its_limit(share):
-    before = task(os.getpid)
-    (result,) = call_each([task(take_memory, int(share * MEMORY_BYTES))])
-    if share > 10:  # more than can be allocated at all
-        assert isinstance(result, MemoryError)
-    else:
-        assert killed(result).status == Status.UNSUPPORTED and "0.25 GiB" in str(result)
-    assert call(before) != os.getpid()
-    assert call(task(take_memory, MEMORY_BYTES // 4)) > 0
+def test_memory_ends_at_its_limit():
+    filled, fine = call_each([task(take_memory_and_hang, 2 * MEMORY_BYTES), task(take_memory, MEMORY_BYTES // 4)])
+    assert killed(filled).status == Status.UNSUPPORTED and "0.25 GiB" in str(filled) and fine > 0
+
+
+def test_far_more_than_the_limit_cannot_be_allocated_at_all():
+    refused, fine = call_each([task(take_memory, 100 * MEMORY_BYTES), task(take_memory, MEMORY_BYTES // 4)])
+    assert isinstance(refused, MemoryError) and fine > 0
 
 
 def test_what_a_call_leaves_allocated_does_not_count_for_the_next():

@@ -13,11 +13,12 @@ from pipelines.probe import DecodeFailure, probe
 from pipelines.schema import Status
 from pipelines.view import View
 from tests.media import indexed_frames, read_index, write_video
-from tests.pipelines.test_child import crash, hang_with_the_lock, take_memory
+from tests.pipelines.test_child import crash, hang_with_the_lock, take_memory_and_hang
 
 SPANS = [(0.0, 0.8), (0.8, 1.6), (1.6, 2.4), (2.4, 3.2), (3.2, 4.0)]
 POISON_S = 2.0
 VIEW = View(num_frames=8, height_px=64, width_px=64)
+ENOUGH = Limits(memory_bytes=256 << 20)
 SHORT = Limits(timeout_s=0.5, memory_bytes=256 << 20)
 
 
@@ -29,7 +30,7 @@ def source(tmp_path) -> Source:
 
 
 def fill_memory() -> None:
-    take_memory(400 << 20)
+    take_memory_and_hang(400 << 20)
 
 
 def crashing(source, spans, view, decoders):
@@ -80,8 +81,8 @@ def test_outcomes_are_those_of_decoding_here(source):
     ids=["crash", "memory"],
 )
 def test_a_poisonous_span_does_not_take_its_neighbours_along(source, decode, status, reason):
-    limits = Limits(memory_bytes=SHORT.memory_bytes)
-    ((outcomes, _), after) = decode_guarded([Request(source, SPANS), Request(source, SPANS[:1])], VIEW, limits, decode)
+    requests = [Request(source, SPANS), Request(source, SPANS[:1])]
+    ((outcomes, _), after) = decode_guarded(requests, VIEW, ENOUGH, decode)
     poisoned = outcomes[2]
     assert isinstance(poisoned, DecodeFailure) and poisoned.status == status and reason in str(poisoned)
     for place in (0, 1, 3, 4):
@@ -157,7 +158,7 @@ def test_a_probe_that_is_ended_is_a_failure(source, monkeypatch, probe_, status,
     with monkeypatch.context() as patched:
         patched.setattr(guarded, "probe", probe_)
         with pytest.raises(DecodeFailure) as caught:
-            probe_guarded(source.path, 1, SHORT)
+            probe_guarded(source.path, 1, SHORT if status == Status.TIMEOUT else ENOUGH)
     assert (caught.value.status, str(caught.value)) == (status, reason)
     assert probe_guarded(source.path, 1) == probe(source.path)
 
@@ -173,14 +174,14 @@ def test_failures_of_the_probe_come_as_they_are(tmp_path):
 
 def test_a_frame_too_large_for_its_memory_is_unsupported(tmp_path):
     """A few kilobytes that hold frames of 35 megapixels."""
-    frames = np.zeros((2, 4320, 8192, 3), np.uint8)
+    frames = np.zeros((4, 4320, 8192, 3), np.uint8)
     path = write_video(tmp_path / "a.mp4", frames, codec="libx264", options={"preset": "ultrafast"})
     assert path.stat().st_size < 200_000
     info = probe_guarded(str(path), path.stat().st_size)
     source = Source(path=str(path), width_px=8192, height_px=4320, container=info.container, codec=info.codec)
     ((found, _), (refused, _)) = (
-        next(decode_guarded([Request(source, [(0.0, 0.2)])], VIEW, limits))
-        for limits in (Limits(), Limits(memory_bytes=150 << 20))
+        next(decode_guarded([Request(source, [(0.0, 0.4)])], VIEW, limits))
+        for limits in (Limits(), Limits(memory_bytes=80 << 20))
     )
     assert isinstance(found[0], Clip)
     assert isinstance(refused[0], DecodeFailure) and refused[0].status == Status.UNSUPPORTED
