@@ -11,7 +11,7 @@ import tyro
 from jobs.cli import UserError, checking_input
 from mone.checkpoint import Checkpoint, read_checkpoint
 from mone.config import ModelConfig
-from pipelines.guarded import Limits
+from pipelines.limits import Limits
 from pipelines.timeline import ClipPlan
 from pipelines.view import TokenOptions
 

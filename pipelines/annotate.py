@@ -17,7 +17,7 @@ from mone.config import ModelConfig
 from mone.engine.choice import Engine
 from pipelines.archive import Video
 from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, write_remaining
-from pipelines.guarded import DEFAULT_LIMITS, Limits
+from pipelines.limits import DEFAULT_LIMITS, Limits
 from pipelines.manifest import plan_video
 from pipelines.predict import Annotator
 from pipelines.schema import MANIFEST

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 from pipelines.annotate import MANIFEST_DIR, plan_stage
 from pipelines.archive import Video
 from pipelines.commit import ANNOTATIONS_DIR, StagedFiles, fence
-from pipelines.guarded import DEFAULT_LIMITS, Limits
 from pipelines.ledger import parquet_files, read_file
+from pipelines.limits import DEFAULT_LIMITS, Limits
 from pipelines.schema import ANNOTATIONS, MANIFEST, Status
 from pipelines.timeline import ClipPlan
 

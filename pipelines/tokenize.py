@@ -11,7 +11,7 @@ from mone.config import ModelConfig
 from mone.static import kept_patches
 from mone.tubelets import to_patches
 from pipelines.decode import Clip, Outcome
-from pipelines.guarded import DEFAULT_LIMITS, Limits
+from pipelines.limits import DEFAULT_LIMITS, Limits
 from pipelines.manifest import decode_videos
 from pipelines.schema import DECODED, PlannedClip
 from pipelines.view import WHOLE_CLIPS, TokenOptions, View

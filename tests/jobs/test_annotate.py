@@ -20,8 +20,8 @@ import jobs.report
 from mone.compute import clip_compute
 from pipelines.annotate import MANIFEST_DIR
 from pipelines.commit import ANNOTATIONS_DIR
-from pipelines.guarded import Limits
 from pipelines.ledger import audit
+from pipelines.limits import Limits
 from pipelines.timeline import ClipPlan
 from tests.conftest import NUM_CLIPS, NUM_VIDEOS, TINY, command_of, complaints, run_job
 

@@ -12,7 +12,7 @@ import pytest
 
 from mone.config import ModelConfig
 from pipelines.archive import Video
-from pipelines.guarded import Limits
+from pipelines.limits import Limits
 from pipelines.manifest import plan_video
 from pipelines.schema import MANIFEST, Status
 from pipelines.timeline import ClipPlan

@@ -8,7 +8,8 @@ import pytest
 
 from pipelines import guarded
 from pipelines.decode import Clip, Source, decode_clips
-from pipelines.guarded import Limits, Request, decode_guarded, probe_guarded
+from pipelines.guarded import Request, decode_guarded, probe_guarded
+from pipelines.limits import Limits
 from pipelines.probe import DecodeFailure, probe
 from pipelines.schema import Status
 from pipelines.view import View
