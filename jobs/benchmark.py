@@ -17,6 +17,7 @@ from jobs.benchmarks.precision import Precision
 from jobs.benchmarks.report import Benchmark, environment
 from jobs.benchmarks.scaling import Scaling
 from jobs.benchmarks.train import TrainSpeed
+from jobs.benchmarks.tune import Tune
 from jobs.cli import run
 
 # NAME: its options. Nothing else is needed to add one.
@@ -24,6 +25,7 @@ BENCHMARKS: dict[str, Any] = {
     "model": ModelSpeed,
     "train": TrainSpeed,
     "scaling": Scaling,
+    "tune": Tune,
     "precision": Precision,
     "focus": Focus,
 }

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from mone.blocks import Neighbours, last_kept, make_blocks, take
 from mone.config import ModelConfig
-from mone.engine.choice import Engine, run_blocks
+from mone.engine.choice import Engine, place, route, run_blocks, uses_kernels
+from mone.engine.tokens import Tokens
 from mone.nested import Segment, segments_of
-from mone.routing import RoutingPlan, expert_preferred_routing, make_router, merge_frames
+from mone.routing import RoutingPlan, make_router, merge_frames
 
 _LARGEST_ALPHA = 1.0 - 1e-6
 
@@ -55,12 +56,15 @@ class NestedEncoder(nn.Module):
             A vector per frame (joint: per clip) [B, G, D], and the plan, [S, ...] with a sequence per budget.
         """
         config, batch = self.config, x_BKD.shape[0]
-        x_BKD = F.dropout(x_BKD + self._positions(kept_BK), config.dropout, self.training)
+        kernels = uses_kernels(self.engine, self.blocks, x_BKD)
+        x_BKD, linear_BKE = place(kernels, x_BKD, self._positions(kept_BK), self.router)
+        x_BKD = F.dropout(x_BKD, config.dropout, self.training)
         per_frame = config.budget_per_frame(None if kept_BK is None else kept_BK.shape[1])
         num_budgets = config.num_indices if per_frame else 1
         x_SND, patches_SNP = (t.unflatten(1, (num_budgets, -1)).flatten(0, 1) for t in (x_BKD, patches_BKP))
-        cumulative = config.ranking == "cumulative"
-        plan = expert_preferred_routing(self.router(x_SND, patches_SNP), counts, cumulative=cumulative)
+        known = () if linear_BKE is None else (linear_BKE.view(*x_SND.shape[:2], -1),)
+        probabilities_SNE = self.router(x_SND, patches_SNP, *known)
+        plan = route(kernels, probabilities_SNE, counts, cumulative=config.ranking == "cumulative")
 
         # Sequences are frames where these have a budget and attend alone, else clips.
         order_SN, num_class_tokens, neighbours = plan.order_BN, config.num_class_tokens, None
@@ -71,14 +75,13 @@ class NestedEncoder(nn.Module):
             num_class_tokens *= config.num_indices
             neighbours = self._frames(order_SN, kept_BK)
         weight_SN1 = take(plan.weight_BN.reshape(*x_SND.shape[:2], 1), order_SN)
-        x_SND = take(x_SND, order_SN)
         # Class tokens join the full expert at the end; they have no r_j, so their gain is 1.
         classes_KD = self.class_token_KD.repeat(num_class_tokens, 1)[:num_class_tokens]
-        x_SND = torch.cat([x_SND, classes_KD.expand(x_SND.shape[0], -1, -1)], dim=1)
+        tokens = Tokens(x_SND, order_SN, classes_KD)
         weight_SN1 = F.pad(weight_SN1, (0, 0, 0, num_class_tokens))
         segments = segments_of(counts, config.widths, num_class_tokens)
         gain_LSN1 = (self.bounded_alphas().view(-1, 1, 1, 1) * weight_SN1 + 1).to(x_SND.dtype)
-        x_SND = run_blocks(self.engine, self.blocks, x_SND, segments, gain_LSN1, neighbours, num_class_tokens)
+        x_SND = run_blocks(self.engine, self.blocks, tokens, segments, gain_LSN1, neighbours, num_class_tokens)
         if num_class_tokens:
             pooled = x_SND
         elif neighbours:

@@ -35,17 +35,24 @@ class LearnedRouter(nn.Linear):
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__(dim, num_experts)
 
-    def forward(self, tokens_BND: Tensor, patches_BNP: Tensor) -> Tensor:
+    def forward(self, tokens_BND: Tensor, patches_BNP: Tensor, linear_BNE: Tensor | None = None) -> Tensor:
         """Probabilities [B, N, E].
 
         Computed in float32 at least, under autocast too: rounding to bfloat16 makes ties, and ties decide by position.
+
+        Args:
+            tokens_BND: Tokens with their positions.
+            patches_BNP: Their pixels, for routers that look at them.
+            linear_BNE: What the linear layer makes of the tokens, where that is known.
         """
         with torch.autocast(tokens_BND.device.type, enabled=False):
-            return self.logits(tokens_BND, patches_BNP).softmax(dim=-1)
+            return self.logits(tokens_BND, patches_BNP, linear_BNE).softmax(dim=-1)
 
-    def logits(self, tokens_BND: Tensor, patches_BNP: Tensor) -> Tensor:
-        """Logits [B, N, E]; the pixels are for routers that look at them."""
+    def logits(self, tokens_BND: Tensor, patches_BNP: Tensor, linear_BNE: Tensor | None = None) -> Tensor:
+        """Logits [B, N, E]."""
         del patches_BNP
+        if linear_BNE is not None:
+            return linear_BNE
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         return F.linear(tokens_BND.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
@@ -63,9 +70,9 @@ class MotionRouter(LearnedRouter):
         self.tubelet_frames = tubelet_frames
         self.prior_E = nn.Parameter(torch.linspace(0.0, 1.0, num_experts))
 
-    def logits(self, tokens_BND: Tensor, patches_BNP: Tensor) -> Tensor:
+    def logits(self, tokens_BND: Tensor, patches_BNP: Tensor, linear_BNE: Tensor | None = None) -> Tensor:
         """Logits [B, N, E] with the prior."""
-        logits_BNE = super().logits(tokens_BND, patches_BNP)
+        logits_BNE = super().logits(tokens_BND, patches_BNP, linear_BNE)
         frames_BNTP = patches_BNP.unflatten(-1, (self.tubelet_frames, -1)).to(logits_BNE.dtype)
         motion_BN = frames_BNTP.diff(dim=-2).abs().mean(dim=(-2, -1))
         centred_BN = motion_BN - motion_BN.mean(dim=-1, keepdim=True)

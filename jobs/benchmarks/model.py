@@ -75,8 +75,8 @@ class ModelSpeed:
     repeats: int = 7
     """Measurements of each row; odd, so that the median is one of them."""
     engine: tuple[RowEngine, ...] = ("auto",)
-    """Code that runs the blocks; with several, a row for each, all compared with dense on the first. "compiled" is the
-    reference under torch.compile, at the fastest of its modes and attention kernels; "replayed" is "triton" from a
+    """Code that runs the blocks; with several, a row for each, all compared with dense on the first. "compiled" is
+    dense under torch.compile, at the fastest of its modes and attention kernels; "replayed" is "triton" from a
     CUDA graph."""
     compile: bool = False
     """torch.compile each row, for its fixed shapes."""
@@ -124,7 +124,7 @@ class ModelSpeed:
             cases = [
                 _Case(method, capacity, engine=engine)
                 for engine in dict.fromkeys(self.engine)
-                for method in dict.fromkeys(("dense", *self.methods))
+                for method in dict.fromkeys(("dense", *self.methods) if engine != "compiled" else ("dense",))
                 for capacity in dict.fromkeys(capacities_of(method, config, self.capacity))
             ]
         most = 1 - 1 / config.num_indices

@@ -11,7 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from mone.blocks import Neighbours
 from mone.engine.blocks import run_on_layout
+from mone.engine.tokens import Tokens
 from mone.nested import Segments
+from mone.routing import LearnedRouter, RandomRouter, RoutingPlan, expert_preferred_routing
 
 Engine = Literal["auto", "triton", "layout", "reference"]
 
@@ -20,10 +22,47 @@ Engine = Literal["auto", "triton", "layout", "reference"]
 _PROCESSOR_BYTES = 30 * 2**20
 
 
+def uses_kernels(engine: Engine, blocks: nn.ModuleList, x_BKD: Tensor) -> bool:
+    """Whether Triton kernels take these tokens."""
+    if engine != "triton":
+        return False
+    from mone.engine.fused import fits_kernels
+
+    return fits_kernels(blocks, x_BKD)
+
+
+def place(
+    kernels: bool, x_BKD: Tensor, positions: Tensor, router: LearnedRouter | RandomRouter
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens with their positions [B, K, D]; and, where a kernel has them from the same reading, the router's logits.
+
+    Args:
+        kernels: From `uses_kernels`.
+        x_BKD: Tokens.
+        positions: [K, D] or [B, K, D].
+        router: Whose linear part is computed.
+    """
+    if not (kernels and isinstance(router, LearnedRouter)):
+        return x_BKD + positions, None
+    from mone.engine.kernels.route import place_and_score
+
+    return place_and_score(x_BKD, positions, router.weight, router.bias)
+
+
+def route(kernels: bool, probabilities_SNE: Tensor, counts: tuple[int, ...], *, cumulative: bool) -> RoutingPlan:
+    """`expert_preferred_routing`, in one launch where kernels run and a sequence's tokens are few."""
+    if kernels:
+        from mone.engine.kernels.route import MOST_TOKENS, prefer
+
+        if probabilities_SNE.shape[1] <= MOST_TOKENS:
+            return RoutingPlan(*prefer(probabilities_SNE, counts, cumulative=cumulative), counts)
+    return expert_preferred_routing(probabilities_SNE, counts, cumulative=cumulative)
+
+
 def run_blocks(
     engine: Engine,
     blocks: nn.ModuleList,
-    x_SND: Tensor,
+    tokens: Tokens,
     segments: Segments,
     gain_LSN1: Tensor,
     neighbours: Neighbours | None = None,
@@ -36,21 +75,21 @@ def run_blocks(
             PyTorch. "triton": Triton kernels for inference in half precision, the layout for all else. "auto": the
             layout on processors, where it is measured to be the fastest; else the reference.
         blocks: Of `mone.blocks.Block`.
-        x_SND: Tokens in expert-major order.
+        tokens: Sorted by whoever runs them.
         segments: Which rows go through which expert.
         gain_LSN1: alpha r_j + 1 of each token, for each block.
         neighbours: As in `Block`.
         num_class_tokens: R, at the end of a sequence.
     """
+    if uses_kernels(engine, blocks, tokens.x_SKD):
+        from mone.engine.fused import run_on_rows  # here: there may be no Triton
+
+        return run_on_rows(blocks, tokens, segments, gain_LSN1, neighbours, num_class_tokens)
+    x_SND = tokens.sorted()
     if engine == "reference" or (engine == "auto" and (x_SND.is_cuda or _must_be_called(blocks))):
         for block, gain_SN1 in zip(blocks, gain_LSN1, strict=True):
             x_SND = block(x_SND, segments, gain_SN1, neighbours)
         return x_SND[:, -num_class_tokens:] if num_class_tokens else x_SND
-    if engine == "triton":
-        from mone.engine.fused import fits_kernels, run_on_rows  # here: there may be no Triton
-
-        if fits_kernels(blocks, x_SND):
-            return run_on_rows(blocks, x_SND, segments, gain_LSN1, neighbours, num_class_tokens)
     if x_SND.device.type == "cpu" and not torch.is_grad_enabled() and neighbours is None and x_SND.numel():
         few = max(1, _PROCESSOR_BYTES // (3 * x_SND[0].numel() * x_SND.element_size()))
         parts = zip(x_SND.split(few), gain_LSN1.split(few, dim=1), strict=True)

@@ -7,7 +7,9 @@ the two of the MLP. Each works on the rows of all experts.
 Shapes: S sequences, N tokens, R rows, D model features, H hidden features, C class tokens, L blocks.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple, cast
 
 import torch
@@ -19,43 +21,15 @@ from mone.engine.blocks import compute_dtype, finish
 from mone.engine.casts import cast as cast_weight
 from mone.engine.kernels.attention import attend_rows
 from mone.engine.kernels.enter import enter_rows
-from mone.engine.kernels.gemm import Tiling, grouped_gemm
+from mone.engine.kernels.gelu import form_of
+from mone.engine.kernels.gemm import grouped_gemm
 from mone.engine.kernels.narrow_mlp import narrow_mlp
 from mone.engine.kernels.norm import SMALLEST_BLOCK, norm_rows
 from mone.engine.layout import from_layout
 from mone.engine.rows import Places, Run, num_rows, places_of, row_of_token, runs_of, tiles_of
+from mone.engine.tilings import Tiling, Tilings, tilings_for
+from mone.engine.tokens import Tokens
 from mone.nested import Segments
-
-
-class Attending(NamedTuple):
-    """How attention is cut: queries of a program, keys taken at a time, warps, stages of loads."""
-
-    block_q: int = 64
-    block_k: int = 64
-    warps: int = 4
-    stages: int = 2
-
-
-class Tilings(NamedTuple):
-    """How each of a block's parts is cut into tiles.
-
-    Attributes:
-        qkv, out, up, down: The products.
-        narrow: The MLP of experts of at most `narrow_width` features, in one launch.
-        attention: Attention.
-    """
-
-    qkv: Tiling = Tiling(128, 256, 64, 8, 3)
-    out: Tiling = Tiling(128, 128, 64, 8, 4)
-    up: Tiling = Tiling(128, 256, 64, 8, 3)
-    down: Tiling = Tiling(128, 128, 64, 8, 4)
-    narrow: Tiling = Tiling(128, 64, 64, 8, 3)
-    narrow_width: int = 0
-    attention: Attending = Attending()
-
-
-# A float32 stream takes twice the shared memory where a product is added to it.
-_WIDE_STREAM = Tilings(out=Tiling(128, 128, 64, 8, 3), down=Tiling(128, 128, 64, 8, 3))
 
 
 class _Buffers(NamedTuple):
@@ -77,18 +51,18 @@ class _Buffers(NamedTuple):
     hidden_RH: Tensor
 
 
-def fits_kernels(blocks: nn.ModuleList, x_SND: Tensor) -> bool:
+def fits_kernels(blocks: nn.ModuleList, x_SKD: Tensor) -> bool:
     """Whether the kernels take these sizes and dtypes, and no gradient is wanted."""
-    attention, dim = cast(Block, blocks[0]).attention, x_SND.shape[-1]
+    attention, dim = cast(Block, blocks[0]).attention, x_SKD.shape[-1]
     head_dim = dim // attention.num_heads
     inference = not torch.is_grad_enabled() and not blocks.training
-    halves = compute_dtype(x_SND) in (torch.bfloat16, torch.float16)
-    return inference and halves and x_SND.numel() > 0 and dim % 16 == 0 and head_dim in (16, 32, 64, 128)
+    halves = compute_dtype(x_SKD) in (torch.bfloat16, torch.float16)
+    return inference and halves and x_SKD.numel() > 0 and dim % 16 == 0 and head_dim in (16, 32, 64, 128)
 
 
 def run_on_rows(
     blocks: nn.ModuleList,
-    x_SND: Tensor,
+    tokens: Tokens,
     segments: Segments,
     gain_LSN1: Tensor,
     neighbours: Neighbours | None = None,
@@ -96,10 +70,11 @@ def run_on_rows(
     tilings: Tilings | None = None,
 ) -> Tensor:
     """Run all blocks; as `blocks.run_on_layout`, without gradients."""
-    tilings = tilings or (_WIDE_STREAM if x_SND.dtype == torch.float32 else Tilings())
-    runs = runs_of(segments, x_SND.shape[0])
-    row_SN = _rows(runs, x_SND.shape[0], x_SND.device)
-    buffers = _enter(blocks, x_SND.contiguous(), runs, row_SN)
+    num_sequences, _, dim = tokens.x_SKD.shape
+    device, runs = tokens.x_SKD.device, runs_of(segments, num_sequences)
+    tilings = tilings or tilings_for(device, runs, dim, tokens.x_SKD.dtype)
+    row_SN = _rows(runs, num_sequences, device)
+    buffers = _enter(blocks, tokens, runs, row_SN)
     gain_LR = gain_LSN1.new_zeros((len(blocks), num_rows(runs)), dtype=torch.float32)
     gain_LR.index_copy_(1, row_SN.flatten(), gain_LSN1.flatten(1).float())
     places = places_of(row_SN, neighbours)
@@ -111,20 +86,21 @@ def run_on_rows(
         return _class_tokens(last, buffers, runs, places, gain_LSN1[-1, :, -num_class_tokens:], rows_SC, tilings)
     _block(last, buffers, runs, places, gain_LR[-1], tilings)
     heads = [
-        buffers.head_RD[run.start : run.stop, : run.width].unflatten(0, (x_SND.shape[0], run.count)) for run in runs
+        buffers.head_RD[run.start : run.stop, : run.width].unflatten(0, (num_sequences, run.count)) for run in runs
     ]
-    return from_layout(heads, x_SND, segments)
+    return from_layout(heads, tokens.sorted(), segments)
 
 
-def _enter(blocks: nn.ModuleList, x_SND: Tensor, runs: tuple[Run, ...], row_SN: Tensor) -> _Buffers:
-    rows, dim, dtype = num_rows(runs), x_SND.shape[-1], compute_dtype(x_SND)
+def _enter(blocks: nn.ModuleList, tokens: Tokens, runs: tuple[Run, ...], row_SN: Tensor) -> _Buffers:
+    x_SKD = tokens.x_SKD
+    rows, dim, dtype = num_rows(runs), x_SKD.shape[-1], compute_dtype(x_SKD)
     hidden = cast(Block, blocks[0]).mlp.up.out_features
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x_SND.device)
+        return torch.empty(shape, dtype=dtype, device=x_SKD.device)
 
     buffers = _Buffers(
-        head_RD=empty(rows, dim, dtype=x_SND.dtype),
+        head_RD=empty(rows, dim, dtype=x_SKD.dtype),
         tail_mean_R=empty(rows, dtype=torch.float32),
         tail_spread_R=empty(rows, dtype=torch.float32),
         normal_RD=empty(rows, -(-dim // SMALLEST_BLOCK) * SMALLEST_BLOCK),
@@ -132,7 +108,7 @@ def _enter(blocks: nn.ModuleList, x_SND: Tensor, runs: tuple[Run, ...], row_SN: 
         mixed_RD=empty(rows, dim),
         hidden_RH=empty(rows, hidden),
     )
-    enter_rows(x_SND, row_SN, _widths(runs, x_SND.device), *buffers[:3])
+    enter_rows(tokens, row_SN, _widths(runs, x_SKD.device), *buffers[:3])
     return buffers
 
 
@@ -146,19 +122,39 @@ def _block(
     attend_rows(buffers.qkv_RX, buffers.mixed_RD, places, attention.num_heads, **tilings.attention._asdict())
     _project_out(attention.out, buffers.mixed_RD, buffers.head_RD, runs, tilings.out)
     _norm(block.norm_mlp, buffers, runs)
-    activation = "gelu_tanh" if mlp.activation.approximate == "tanh" else "gelu"
-    hidden, dtype = range(mlp.up.out_features), buffers.normal_RD.dtype
-    narrow = tuple(run for run in runs if run.width <= tilings.narrow_width)
+    activation = form_of(mlp.activation.approximate, buffers.normal_RD.dtype)
+    hidden, dtype = mlp.up.out_features, buffers.normal_RD.dtype
+    narrow = {run: tiling for run in runs if (tiling := tilings.narrow_of(run.width, hidden))}
+    with _beside(buffers.head_RD.device, tilings.beside and len(narrow) > 0):
+        for run, tiling in narrow.items():
+            up_HD, down_DH = cast_weight(mlp.up.weight, dtype), cast_weight(mlp.down.weight, dtype)
+            narrow_mlp(
+                *(buffers.normal_RD, up_HD, mlp.up.bias, down_DH, mlp.down.bias, buffers.head_RD, run, gain_R),
+                tiling=tiling,
+                activation=activation,
+            )
     if wide := tuple(run for run in runs if run not in narrow):
-        _project(mlp.up, buffers.normal_RD, buffers.hidden_RH, wide, tilings.up, hidden, activation=activation)
+        _project(mlp.up, buffers.normal_RD, buffers.hidden_RH, wide, tilings.up, range(hidden), activation=activation)
         _project_out(mlp.down, buffers.hidden_RH, buffers.head_RD, wide, tilings.down, gain_R)
-    for run in narrow:
-        up_HD, down_DH = cast_weight(mlp.up.weight, dtype), cast_weight(mlp.down.weight, dtype)
-        narrow_mlp(
-            *(buffers.normal_RD, up_HD, mlp.up.bias, down_DH, mlp.down.bias, buffers.head_RD, run, gain_R),
-            tiling=tilings.narrow,
-            activation=activation,
-        )
+    if tilings.beside and narrow and buffers.head_RD.is_cuda:
+        torch.cuda.current_stream().wait_stream(_side_stream(buffers.head_RD.device))
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device, wanted: bool) -> Iterator[None]:
+    """Launch on a side stream, after what was launched before; the caller waits for it."""
+    if not wanted or device.type != "cuda":
+        yield
+        return
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _class_tokens(

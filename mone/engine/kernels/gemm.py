@@ -7,61 +7,27 @@ multiples of a tile, so tiles move whole, by the tensor memory accelerator where
 Shapes: R rows, I input and O output features, J tiles.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+from mone.engine.kernels.gelu import activate, has_tanh
+from mone.engine.tilings import Tiling
 
-
-class Tiling(NamedTuple):
-    """Sizes of a tile, and how a program runs: warps, stages of loads in flight, programs on a processor.
-
-    With `flatten` the loads of the next tile are in flight while a tile is finished; with `halves` a tile is finished
-    one half of its columns after the other, which takes half the room.
-    """
-
-    rows: int = 128
-    columns: int = 128
-    inner: int = 64
-    warps: int = 8
-    stages: int = 3
-    programs: int = 1
-    flatten: bool = False
-    halves: bool = False
-
-
-@triton.jit
-def gelu_exact(x):
-    """GELU with the error function of Abramowitz and Stegun 7.1.26, whose error is below 1.5e-7."""
-    z = tl.abs(x) * 0.7071067811865476
-    t = 1.0 / (1.0 + 0.3275911 * z)
-    poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    half = 0.5 * poly * tl.exp2(-1.4426950408889634 * z * z)
-    return x * tl.where(x < 0, half, 1.0 - half)
-
-
-@triton.jit
-def gelu_tanh(x):
-    """Its approximation by a hyperbolic tangent, written as a sigmoid."""
-    return x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
 
 @triton.jit
 def _finish(
     sums, out_desc, bias_ptr, gain_ptr, row, column, num_columns,
-    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, GAIN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+    ACTIVATION: tl.constexpr, TANH: tl.constexpr, RESIDUAL: tl.constexpr, GAIN: tl.constexpr,
 ):  # fmt: skip
     columns = column + tl.arange(0, BLOCK_O)
     sums += tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION == "gelu":
-        sums = gelu_exact(sums)
-    if ACTIVATION == "gelu_tanh":
-        sums = gelu_tanh(sums)
+    sums = activate(sums, ACTIVATION, TANH)
     if GAIN:
         sums *= tl.load(gain_ptr + row + tl.arange(0, BLOCK_R))[:, None]
     if RESIDUAL:
@@ -83,6 +49,7 @@ def _grouped_gemm(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    TANH: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GAIN: tl.constexpr,
     FLATTEN: tl.constexpr,
@@ -101,16 +68,16 @@ def _grouped_gemm(
             left, right = tl.split(tl.permute(tl.reshape(sums, (BLOCK_R, 2, BLOCK_O // 2)), (0, 2, 1)))
             _finish(
                 left, out_desc, bias_ptr, gain_ptr, row, column, num_columns,
-                BLOCK_R, BLOCK_O // 2, ACTIVATION, RESIDUAL, GAIN,
+                BLOCK_R, BLOCK_O // 2, ACTIVATION, TANH, RESIDUAL, GAIN,
             )  # fmt: skip
             _finish(
                 right, out_desc, bias_ptr, gain_ptr, row, column + BLOCK_O // 2, num_columns,
-                BLOCK_R, BLOCK_O // 2, ACTIVATION, RESIDUAL, GAIN,
+                BLOCK_R, BLOCK_O // 2, ACTIVATION, TANH, RESIDUAL, GAIN,
             )  # fmt: skip
         else:
             _finish(
                 sums, out_desc, bias_ptr, gain_ptr, row, column, num_columns,
-                BLOCK_R, BLOCK_O, ACTIVATION, RESIDUAL, GAIN,
+                BLOCK_R, BLOCK_O, ACTIVATION, TANH, RESIDUAL, GAIN,
             )  # fmt: skip
 
 
@@ -137,7 +104,7 @@ def grouped_gemm(
         out_RO: Any floating dtype.
         tiles_J3: int32, from `rows.tiles_of`.
         tiling: Block sizes; a tile has no more rows than runs are aligned to.
-        activation: "", "gelu" or "gelu_tanh".
+        activation: "" or one of `gelu.FORMS`.
         residual: Add to what out_RO holds.
         gain_R: float32. Factor of each row, before the residual.
     """
@@ -156,6 +123,7 @@ def grouped_gemm(
         BLOCK_O=tiling.columns,
         BLOCK_I=tiling.inner,
         ACTIVATION=activation,
+        TANH=has_tanh(rows_RI.device),
         RESIDUAL=residual,
         GAIN=gain_R is not None,
         FLATTEN=tiling.flatten,

@@ -2,7 +2,7 @@
 
 A program keeps its rows and the sums of their results, and goes through the hidden features a block at a time. For an
 expert of width D / 8 the hidden layer is 32 times what goes in, so that writing and reading it would take longer than
-the products.
+the products. A width that is no power of two, such as 96 or 192, is taken in two parts that are.
 
 Shapes: R rows, D model features, H hidden features.
 """
@@ -12,42 +12,63 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mone.engine.kernels.gemm import Tiling, gelu_exact, gelu_tanh
+from mone.engine.kernels.gelu import activate, has_tanh
 from mone.engine.rows import Run
+from mone.engine.tilings import Tiling
 
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportPossiblyUnboundVariable=false
+
+_SMALLEST_PART = 16
+
+
+@triton.jit
+def _add(
+    sums, out_desc, bias_ptr, gain, row, column, width,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    columns = column + tl.arange(0, BLOCK)
+    sums += tl.load(bias_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+    sums = sums * gain[:, None] + out_desc.load([row, column]).to(tl.float32)
+    out_desc.store([row, column], sums.to(out_desc.dtype))
 
 
 @triton.jit
 def _narrow_mlp(
-    rows_desc,
-    up_desc,
-    down_desc,
-    out_desc,
-    up_bias_ptr,
-    down_bias_ptr,
-    gain_ptr,
-    first_row,
-    num_hidden,
-    width,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
+    rows_desc, up_desc, down_desc, out_desc,
+    more_rows_desc, more_up_desc, more_down_desc, more_out_desc,
+    up_bias_ptr, down_bias_ptr, gain_ptr,
+    first_row, num_hidden, width,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, MORE: tl.constexpr, BLOCK_H: tl.constexpr,
+    ACTIVATION: tl.constexpr, TANH: tl.constexpr,
+):  # fmt: skip
     row = first_row + tl.program_id(0) * BLOCK_R
     x = rows_desc.load([row, 0])
     sums = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    if MORE > 0:
+        more_x = more_rows_desc.load([row, BLOCK_D])
+        more_sums = tl.zeros((BLOCK_R, MORE), dtype=tl.float32)
     for start in range(0, num_hidden, BLOCK_H):
         hidden = tl.dot(x, up_desc.load([start, 0]).T)
+        if MORE > 0:
+            hidden = tl.dot(more_x, more_up_desc.load([start, BLOCK_D]).T, hidden)
         hidden += tl.load(up_bias_ptr + start + tl.arange(0, BLOCK_H)).to(tl.float32)[None, :]
-        hidden = gelu_tanh(hidden) if ACTIVATION == "gelu_tanh" else gelu_exact(hidden)
-        sums = tl.dot(hidden.to(rows_desc.dtype), down_desc.load([0, start]).T, sums)
-    column = tl.arange(0, BLOCK_D)
-    sums += tl.load(down_bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
-    sums *= tl.load(gain_ptr + row + tl.arange(0, BLOCK_R))[:, None]
-    sums += out_desc.load([row, 0]).to(tl.float32)
-    out_desc.store([row, 0], sums.to(out_desc.dtype))
+        hidden = activate(hidden, ACTIVATION, TANH).to(rows_desc.dtype)
+        sums = tl.dot(hidden, down_desc.load([0, start]).T, sums)
+        if MORE > 0:
+            more_sums = tl.dot(hidden, more_down_desc.load([BLOCK_D, start]).T, more_sums)
+    gain = tl.load(gain_ptr + row + tl.arange(0, BLOCK_R))
+    _add(sums, out_desc, down_bias_ptr, gain, row, 0, width, BLOCK_D)
+    if MORE > 0:
+        _add(more_sums, more_out_desc, down_bias_ptr, gain, row, BLOCK_D, width, MORE)
+
+
+def parts_of(width: int) -> tuple[int, int]:
+    """Two powers of two that hold a width, the second 0 where one is enough."""
+    first = max(_SMALLEST_PART, triton.next_power_of_2(width + 1) // 2)
+    left = width - first
+    more = max(_SMALLEST_PART, triton.next_power_of_2(left)) if left > 0 else 0
+    return (2 * first, 0) if more == first else (first, more)
 
 
 def narrow_mlp(
@@ -75,24 +96,29 @@ def narrow_mlp(
         run: Rows of an expert.
         gain_R: float32.
         tiling: Rows and hidden features of a block.
-        activation: "gelu" or "gelu_tanh".
+        activation: One of `gelu.FORMS`.
     """
-    block = max(16, triton.next_power_of_2(run.width))
-    _narrow_mlp[(triton.cdiv(run.stop - run.start, tiling.rows),)](
-        TensorDescriptor.from_tensor(rows_RD, [tiling.rows, block]),
-        TensorDescriptor.from_tensor(up_HD, [tiling.columns, block]),
-        TensorDescriptor.from_tensor(down_DH, [block, tiling.columns]),
-        TensorDescriptor.from_tensor(out_RD, [tiling.rows, block]),
-        up_H,
-        down_D,
-        gain_R,
-        run.start,
-        len(up_H),
-        run.width,
-        BLOCK_R=tiling.rows,
-        BLOCK_D=block,
-        BLOCK_H=tiling.columns,
+    first, more = parts_of(run.width)
+    rows, hidden = tiling.rows, tiling.columns
+    descriptors = [
+        TensorDescriptor.from_tensor(tensor, block)
+        for part in (first, more or first)
+        for tensor, block in (
+            (rows_RD, [rows, part]),
+            (up_HD, [hidden, part]),
+            (down_DH, [part, hidden]),
+            (out_RD, [rows, part]),
+        )
+    ]
+    _narrow_mlp[(triton.cdiv(run.stop - run.start, rows),)](
+        *descriptors,
+        *(up_H, down_D, gain_R, run.start, len(up_H), run.width),
+        BLOCK_R=rows,
+        BLOCK_D=first,
+        MORE=more,
+        BLOCK_H=hidden,
         ACTIVATION=activation,
+        TANH=has_tanh(rows_RD.device),
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )

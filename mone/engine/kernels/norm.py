@@ -12,13 +12,13 @@ from torch import Tensor
 
 from mone.engine.rows import Run
 
-# Values that a program holds: narrow rows are taken more at a time.
-_VALUES = 4096
+# Values that a program holds, and its warps: narrow rows are taken more at a time.
+_VALUES, _WARPS = 4096, 4
 # Zeros are written up to the power of two that holds a row's width, and to this at least: so far a tile of a product
 # may read.
 SMALLEST_BLOCK = 64
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def norm_rows(
         LARGEST=largest,
         KINDS=1 + max(largest.bit_length() - _block(run.width).bit_length() for run in runs),
         BRANCH=branch_RD is not None,
-        num_warps=4,
+        num_warps=_WARPS,
     )
 
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from mone.engine.blocks import run_on_layout
 from mone.engine.casts import cast
-from mone.engine.fused import Tilings, fits_kernels, run_on_rows
-from mone.engine.kernels.gemm import Tiling
+from mone.engine.fused import fits_kernels, run_on_rows
+from mone.engine.tilings import Tiling, Tilings, default_tilings
+from mone.engine.tokens import Tokens
 from mone.nested import segments_of
 from tests.mone.conftest import small_config, small_model, some_inputs, variant
 
@@ -55,11 +56,15 @@ def test_every_split_of_tokens_over_any_number_of_experts(data, num_experts, poo
 
 def test_every_tiling_says_the_same():
     blocks, arguments = sorted_tokens((5, 3, 2, 2))
+    _, x_SND, *others = arguments
     expected = run_on_layout(*arguments)
     small = Tiling(32, 32, 32, 4, 1)
-    for tilings in (Tilings(), Tilings(*[small] * 5), Tilings(*[small] * 5, narrow_width=32)):
-        torch.testing.assert_close(run_on_rows(*arguments, tilings=tilings), expected, atol=2e-2, rtol=2e-2)
-        assert torch.equal(run_on_rows(*arguments, tilings=tilings), run_on_rows(*arguments, tilings=tilings))
+    narrow = ((16, small), (64, Tiling(64, 64, 64, 4, 1)))
+    cards = [default_tilings(capability, 0.4) for capability in ((9, 0), (8, 0), (8, 9))]
+    for tilings in (*cards, Tilings(*[small] * 4), Tilings(*[small] * 4, narrow=narrow, beside=True)):
+        first, second = (run_on_rows(blocks, Tokens(x_SND), *others, tilings=tilings) for _ in range(2))
+        torch.testing.assert_close(first, expected, atol=2e-2, rtol=2e-2)
+        assert torch.equal(first, second)
     assert not fits_kernels(blocks, arguments[1])  # float32
 
 

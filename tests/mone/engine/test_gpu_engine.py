@@ -9,6 +9,7 @@ import torch
 from mone.config import preset
 from mone.engine.choice import run_blocks
 from mone.engine.graphs import Replayed
+from mone.engine.tokens import Tokens
 from mone.model import ViViT
 from mone.nested import segments_of
 from tests.mone.conftest import small_config, small_model, some_inputs, variant
@@ -44,9 +45,11 @@ def test_no_less_exact_than_dense_in_bfloat16(base, capacity, num_class_tokens):
     def error(engine, of):
         segments = segments_of(config.token_counts(of), config.widths, 1)
         arguments = (segments, gain_LSN1, None, num_class_tokens)
-        exact = run_blocks("reference", copy.deepcopy(blocks).double(), x_SND.double(), segments, gain_LSN1.double())
+        exact = run_blocks(
+            "reference", copy.deepcopy(blocks).double(), Tokens(x_SND.double()), segments, gain_LSN1.double()
+        )
         exact = exact[:, -num_class_tokens:]
-        half = run_blocks(engine, copy.deepcopy(blocks).bfloat16(), x_SND.bfloat16(), *arguments)
+        half = run_blocks(engine, copy.deepcopy(blocks).bfloat16(), Tokens(x_SND.bfloat16()), *arguments)
         return ((half - exact).norm() / exact.norm()).item()
 
     dense = error("reference", 1.0)

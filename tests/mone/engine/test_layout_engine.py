@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mone.engine.choice import run_blocks
+from mone.engine.tokens import Tokens
 from mone.nested import segments_of
 from tests.mone.conftest import VARIANTS, small_config, small_model, some_inputs, variant
 
@@ -81,8 +82,10 @@ def test_single_precision_far_from_zero():
     model = small_model(config, alpha=0.5, dtype=torch.float32).encoder
     x_SND = torch.randn(4, 12, 32) + 100
     segments, gains = segments_of((5, 3, 2, 2), config.widths), torch.ones(config.depth, 4, 12, 1)
-    exact = run_blocks("reference", copy.deepcopy(model).double().blocks, x_SND.double(), segments, gains.double())
-    slow, fast = (run_blocks(name, model.blocks, x_SND, segments, gains) for name in ("reference", "layout"))
+    exact = run_blocks(
+        "reference", copy.deepcopy(model).double().blocks, Tokens(x_SND.double()), segments, gains.double()
+    )
+    slow, fast = (run_blocks(name, model.blocks, Tokens(x_SND), segments, gains) for name in ("reference", "layout"))
     assert (fast - exact).abs().max() < 2 * (slow - exact).abs().max() + 1e-5
 
 

@@ -1,0 +1,155 @@
+"""Before the blocks: positions and scores in one reading of the tokens, and Expert Preferred Routing in one launch.
+
+Shapes: T tokens of all sequences, P positions, B sequences, N tokens, D model features, E experts.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+
+# All pairs of a sequence's tokens are compared, which beyond this takes longer than to sort.
+MOST_TOKENS = 512
+_ROWS = 4
+
+
+@triton.jit
+def _place(
+    x_ptr, position_ptr, weight_ptr, bias_ptr, placed_ptr, logits_ptr,
+    num_tokens, num_positions,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = (token < num_tokens)[:, None] & (column < DIM)[None, :]
+    at = token[:, None] * DIM + column[None, :]
+    position_at = (token % num_positions)[:, None] * DIM + column[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(position_ptr + position_at, mask=inside, other=0.0).to(tl.float32)
+    placed = x.to(placed_ptr.dtype.element_ty)
+    tl.store(placed_ptr + at, placed, mask=inside)
+    placed = placed.to(tl.float32)
+    for expert in tl.static_range(EXPERTS):
+        weight = tl.load(weight_ptr + expert * DIM + column, mask=column < DIM, other=0.0).to(tl.float32)
+        logit = tl.sum(placed * weight[None, :], axis=1) + tl.load(bias_ptr + expert).to(tl.float32)
+        tl.store(logits_ptr + token * EXPERTS + expert, logit, mask=token < num_tokens)
+
+
+def place_and_score(x_BKD: Tensor, positions: Tensor, weight_ED: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens with their positions [B, K, D], and a linear router's logits float32 [B, K, E].
+
+    Args:
+        x_BKD: Tokens.
+        positions: [K, D] or [B, K, D].
+        weight_ED: Of the router.
+        bias_E: Of the router.
+    """
+    placed_BKD = torch.empty_like(
+        x_BKD, dtype=torch.result_type(x_BKD, positions), memory_format=torch.contiguous_format
+    )
+    logits_BKE = x_BKD.new_empty((*x_BKD.shape[:2], len(bias_E)), dtype=torch.float32)
+    num_tokens, dim = x_BKD.shape[0] * x_BKD.shape[1], x_BKD.shape[2]
+    _place[(triton.cdiv(num_tokens, _ROWS),)](
+        *(x_BKD.contiguous(), positions.contiguous(), weight_ED, bias_E, placed_BKD, logits_BKE),
+        *(num_tokens, positions.numel() // dim),
+        DIM=dim,
+        BLOCK=triton.next_power_of_2(dim),
+        ROWS=_ROWS,
+        EXPERTS=len(bias_E),
+        num_warps=4,
+    )
+    return placed_BKD, logits_BKE
+
+
+@triton.jit
+def _bits(at, mask, expert: tl.constexpr, EXPERTS: tl.constexpr, CUMULATIVE: tl.constexpr):
+    """How much tokens are wanted, as integers: bits of positive numbers are in their order.
+
+    As in a sort, what is not a number counts as the largest.
+    """
+    wanted = tl.load(at + expert, mask=mask, other=0.0)
+    if CUMULATIVE:
+        for larger in tl.static_range(expert + 1, EXPERTS):
+            wanted += tl.load(at + larger, mask=mask, other=0.0)
+    return tl.where(wanted == wanted, wanted, float("inf")).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _prefer(
+    probability_ptr, share_ptr, order_ptr, expert_ptr, weight_ptr,
+    num_tokens, num_routed,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, EXPERTS: tl.constexpr, CUMULATIVE: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0).to(tl.int64)
+    probability_ptr += sequence * num_tokens * EXPERTS
+    expert_ptr += sequence * num_tokens
+    token = tl.arange(0, BLOCK)
+    known = token < num_tokens
+    at = probability_ptr + token * EXPERTS
+    weight = tl.load(at, mask=known, other=0.0)
+    expert_of = tl.full((BLOCK,), -1, dtype=tl.int64)
+    for step in tl.static_range(EXPERTS):
+        expert = EXPERTS - 1 - step
+        free = known & (expert_of < 0)
+        if expert > 0:
+            tl.store(expert_ptr + token, expert_of, mask=known)
+            tl.debug_barrier()  # the others of the program read it
+            bits = _bits(at, known, expert, EXPERTS, CUMULATIVE)
+            rank = tl.zeros((BLOCK,), dtype=tl.int32)
+            for start in range(0, num_tokens, CHUNK):
+                rival = start + tl.arange(0, CHUNK)
+                is_rival = rival < num_tokens
+                is_free = tl.load(expert_ptr + rival, mask=is_rival, other=0) < 0
+                theirs = _bits(probability_ptr + rival * EXPERTS, is_rival, expert, EXPERTS, CUMULATIVE)
+                # Of equals the earlier token is ahead.
+                ahead = tl.where(is_free, theirs, -2)[None, :] + (rival[None, :] < token[:, None]).to(tl.int32)
+                rank += tl.sum((ahead > bits[:, None]).to(tl.int32), axis=1)
+            tl.debug_barrier()
+        else:  # takes what is left, in order
+            rank = tl.cumsum(free.to(tl.int32), axis=0) - 1
+        count = tl.load(share_ptr + 2 * expert)
+        first = tl.load(share_ptr + 2 * expert + 1)
+        chosen = free & (rank < count)
+        tl.store(order_ptr + sequence * num_routed + first + rank, token.to(tl.int64), mask=chosen)
+        expert_of = tl.where(chosen, expert, expert_of)
+        weight = tl.where(chosen, tl.load(at + expert, mask=known, other=0.0), weight)
+    tl.store(expert_ptr + token, expert_of, mask=known)
+    tl.store(weight_ptr + sequence * num_tokens + token, weight, mask=known)
+
+
+def prefer(
+    probabilities_BNE: Tensor, counts: tuple[int, ...], *, cumulative: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Order, expert and weight of a `RoutingPlan`, as `routing.expert_preferred_routing` has them.
+
+    Args:
+        probabilities_BNE: float32, of at most `MOST_TOKENS` tokens.
+        counts: Tokens of each expert.
+        cumulative: As there.
+    """
+    batch, num_tokens, num_experts = probabilities_BNE.shape
+    order_BN = probabilities_BNE.new_empty((batch, sum(counts)), dtype=torch.int64)
+    expert_BN = probabilities_BNE.new_empty((batch, num_tokens), dtype=torch.int64)
+    weight_BN = torch.empty_like(expert_BN, dtype=torch.float32)
+    _prefer[(batch,)](
+        *(probabilities_BNE.contiguous(), _shares(counts, order_BN.device), order_BN, expert_BN, weight_BN),
+        *(num_tokens, order_BN.shape[1]),
+        BLOCK=max(16, triton.next_power_of_2(num_tokens)),
+        CHUNK=32,
+        EXPERTS=num_experts,
+        CUMULATIVE=cumulative,
+        num_warps=8,
+    )
+    return order_BN, expert_BN, weight_BN
+
+
+@functools.lru_cache(maxsize=256)
+def _shares(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Tokens of each expert, and where they begin in the order."""
+    shares = [(count, sum(counts[:expert])) for expert, count in enumerate(counts)]
+    with torch.inference_mode(False):
+        return torch.tensor(shares, dtype=torch.int32, device=device)

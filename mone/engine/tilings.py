@@ -1,0 +1,166 @@
+"""How the kernels cut their work into tiles: defaults by card, and choices that were measured and kept on disk.
+
+Nothing is measured in inference: whoever measures keeps a choice with `keep`, and a process reads the file once.
+Another tiling sums in another order, so a process never changes its mind.
+"""
+
+import functools
+import json
+import os
+import platform
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mone.engine.rows import Run
+
+
+class Tiling(NamedTuple):
+    """Sizes of a tile, and how a program runs: warps, stages of loads in flight, programs on a processor.
+
+    With `flatten` the loads of the next tile are in flight while a tile is finished; with `halves` a tile is finished
+    one half of its columns after the other, which takes half the room.
+    """
+
+    rows: int = 128
+    columns: int = 128
+    inner: int = 64
+    warps: int = 8
+    stages: int = 3
+    programs: int = 1
+    flatten: bool = False
+    halves: bool = False
+
+
+class Attending(NamedTuple):
+    """How attention is cut, as in `kernels.attention.attend_rows`."""
+
+    block_q: int = 64
+    block_k: int = 64
+    warps: int = 4
+    stages: int = 1
+    parts: int = 1
+    at_once: bool = True
+    registers: int = 0
+
+
+class Tilings(NamedTuple):
+    """How each of a block's parts is cut into tiles.
+
+    Attributes:
+        qkv, out, up, down: The products.
+        narrow: For MLPs in one launch, (largest width, tiling) by width; wider experts take two launches.
+        attention: Attention.
+        beside: Narrow experts run on a stream of their own.
+    """
+
+    qkv: Tiling
+    out: Tiling
+    up: Tiling
+    down: Tiling
+    narrow: tuple[tuple[int, Tiling], ...] = ()
+    attention: Attending = Attending()
+    beside: bool = False
+
+    def narrow_of(self, width: int, num_hidden: int) -> Tiling | None:
+        """The tiling of an expert whose MLP is one launch."""
+        for widest, tiling in self.narrow:
+            if width <= widest and num_hidden % tiling.columns == 0:
+                return tiling
+        return None
+
+
+# Measured on an H100. Two programs share a processor, so that one finishes a tile while the other multiplies.
+_FINE = Tiling(128, 128, 64, 4, 3, 2, True, True)
+_WIDE = Tiling(128, 256, 64, 8, 3)
+_NARROW = ((128, Tiling(128, 64, 64, 8, 3)), (192, Tiling(128, 64, 64, 8, 2)))
+_HOPPER_NESTED = Tilings(_FINE, _FINE, _FINE, _FINE, _NARROW)
+_HOPPER_DENSE = Tilings(_WIDE, _WIDE, _FINE, Tiling(128, 256, 64, 8, 4, 1, True, True), _NARROW)
+# Never measured: what fits. A100 has 163 KB of shared memory for a program, L4 and other cards of its kind 99 KB.
+_LARGE = Tiling(128, 128, 64, 8, 3)
+_A100 = Tilings(*[_LARGE] * 4, narrow=((128, Tiling(128, 64, 64, 8, 2)),), attention=Attending())
+_SMALL = Tiling(128, 128, 32, 8, 3)
+_L4 = Tilings(*[_SMALL] * 4, narrow=((64, Tiling(64, 64, 64, 4, 2)),), attention=Attending(parts=0, stages=2))
+# Of the full width, from which on tokens are as good as dense.
+_DENSE_SHARE = 0.75
+
+
+def tilings_for(device: torch.device, runs: tuple[Run, ...], dim: int, stream: torch.dtype) -> Tilings:
+    """Those that were measured for this card and such a batch, else the card's defaults."""
+    share, wide = mean_share(runs, dim), stream == torch.float32
+    return chosen().get(key_of(device, runs, dim, stream)) or default_tilings(_capability(device), share, wide)
+
+
+def default_tilings(capability: tuple[int, int], share: float, wide_stream: bool = False) -> Tilings:
+    """Without measuring.
+
+    Args:
+        capability: Compute capability.
+        share: Mean width of the tokens as a share of the full width.
+        wide_stream: The residual stream is float32, which takes twice the room where a product is added to it.
+    """
+    if capability >= (9, 0):
+        if wide_stream:
+            return _HOPPER_NESTED
+        return _HOPPER_DENSE if share >= _DENSE_SHARE else _HOPPER_NESTED
+    return _A100 if capability == (8, 0) else _L4
+
+
+def mean_share(runs: tuple[Run, ...], dim: int) -> float:
+    """Mean width of the rows as a share of the full width."""
+    rows = sum(run.stop - run.start for run in runs)
+    return sum((run.stop - run.start) * run.width for run in runs) / (rows * dim)
+
+
+def key_of(device: torch.device, runs: tuple[Run, ...], dim: int, stream: torch.dtype) -> str:
+    """What a choice holds for: card, Triton, D, dtype of the stream, mean width to a tenth, rows to a power of two."""
+    import triton
+
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    rows = sum(run.stop - run.start for run in runs)
+    kind, share = str(stream).removeprefix("torch."), f"{mean_share(runs, dim):.1f}"
+    return f"{card} triton-{triton.__version__} dim-{dim} {kind} share-{share} rows-{rows.bit_length()}"
+
+
+def choices_file() -> Path:
+    """Where choices are kept: MONE_TILINGS, else in the user's folder of caches."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MONE_TILINGS") or Path(cache) / "mone" / "tilings.json")
+
+
+@functools.cache
+def chosen() -> dict[str, Tilings]:
+    """The choices on disk, read once; none where there is no file.
+
+    Raises:
+        ValueError: The file is not one of these.
+    """
+    file = choices_file()
+    if not file.is_file():
+        return {}
+    try:
+        return {key: _decoded(value) for key, value in json.loads(file.read_text()).items()}
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} holds no tilings; remove it or tune again") from error
+
+
+def keep(key: str, tilings: Tilings) -> Path:
+    """Add a choice to those on disk, for processes that start after it."""
+    file = choices_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({**known, key: tilings._asdict()}, indent=1))
+    partial.replace(file)
+    return file
+
+
+def _decoded(value: dict) -> Tilings:
+    narrow = tuple((widest, Tiling(*tiling)) for widest, tiling in value["narrow"])
+    products = {name: Tiling(*value[name]) for name in ("qkv", "out", "up", "down")}
+    return Tilings(**products, narrow=narrow, attention=Attending(*value["attention"]), beside=value["beside"])
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

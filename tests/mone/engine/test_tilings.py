@@ -1,0 +1,65 @@
+"""Defaults by card, and choices that are kept on disk."""
+
+import pytest
+import torch
+
+from mone.engine.rows import runs_of
+from mone.engine.tilings import (
+    Attending,
+    Tiling,
+    Tilings,
+    choices_file,
+    chosen,
+    default_tilings,
+    keep,
+    key_of,
+    mean_share,
+    tilings_for,
+)
+from mone.nested import segments_of
+
+CPU = torch.device("cpu")
+RUNS = runs_of(segments_of((4, 2, 1, 1), (96, 192, 384, 768)), 16)
+ODD = Tilings(*[Tiling(32, 32, 32, 4, 1)] * 4, narrow=((96, Tiling(64, 64)),), attention=Attending(128), beside=True)
+
+
+@pytest.fixture(autouse=True)
+def own_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("MONE_TILINGS", str(tmp_path / "deep" / "tilings.json"))
+    chosen.cache_clear()
+    yield
+    chosen.cache_clear()
+
+
+@pytest.mark.parametrize(("capability", "room"), [((9, 0), 232448), ((8, 0), 166912), ((8, 9), 101376), ((12, 0), 0)])
+def test_defaults_leave_room_for_the_loads_of_products(capability, room):
+    for share in (0.2, 1.0):
+        tilings = default_tilings(capability, share)
+        for tiling in tilings[:4]:
+            loads = tiling.stages * (tiling.rows + tiling.columns) * tiling.inner * 2
+            assert not room or loads < room
+
+
+def test_a_choice_is_used_from_the_next_process_on():
+    before = tilings_for(CPU, RUNS, 768, torch.bfloat16)
+    key = key_of(CPU, RUNS, 768, torch.bfloat16)
+    assert keep(key, ODD) == choices_file() and keep("another", before)
+    assert tilings_for(CPU, RUNS, 768, torch.bfloat16) == before != ODD
+    chosen.cache_clear()
+    assert tilings_for(CPU, RUNS, 768, torch.bfloat16) == ODD
+    assert chosen() == {key: ODD, "another": before}
+    assert tilings_for(CPU, RUNS[-1:], 768, torch.bfloat16) == default_tilings((0, 0), 1.0)
+
+
+def test_a_damaged_file_is_named():
+    choices_file().parent.mkdir()
+    choices_file().write_text('{"a": {"qkv": 3}}')
+    with pytest.raises(ValueError, match=r"tilings\.json"):
+        chosen()
+
+
+def test_narrow_experts_are_those_that_a_tiling_is_for():
+    assert ODD.narrow_of(96, 512) == Tiling(64, 64)
+    assert ODD.narrow_of(97, 512) is None
+    assert ODD.narrow_of(48, 96) is None  # hidden features are no multiple of its columns
+    assert mean_share(RUNS, 768) == pytest.approx((4 * 96 + 2 * 192 + 384 + 768) / 8 / 768)
