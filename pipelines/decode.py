@@ -11,6 +11,7 @@ pictures there are (tests/pipelines/test_decode.py measures it).
 import dataclasses
 import importlib
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -18,7 +19,9 @@ from types import ModuleType
 import av.error
 import numpy as np
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 
+from pipelines.needed import NotSure, can_skip, needed_frames
 from pipelines.probe import Damage, DecodeFailure, decode_frames, first_pts, open_video, tick_s
 from pipelines.schema import Status
 from pipelines.timeline import frames_at, instants
@@ -202,7 +205,9 @@ def _decode_pyav(source: Source, spans: Sequence[tuple[float, float]], view: Vie
     times_s = np.concatenate([instants(*span, view.num_frames) for span in spans])
     order = np.argsort(times_s, kind="stable")
     try:
-        passed = _pass(source, times_s[order], view, seek_s=min(start_s for start_s, _ in spans))
+        passed = _quick_pass(source, times_s[order], view)
+        if passed is None:
+            passed = _pass(source, times_s[order], view, seek_s=min(start_s for start_s, _ in spans))
         if passed.late:  # the container cannot seek exactly
             passed = _pass(source, times_s[order], view, seek_s=0.0)
     except (av.error.FFmpegError, ValueError) as error:
@@ -224,6 +229,20 @@ class _Pass:
     damages: list[Damage]
     key_times_s: list[float]  # of the key frames, where decoding recovers from a damage
     late: bool  # after a seek, the first frame came after the first instant
+
+
+def _quick_pass(source: Source, times_s: np.ndarray, view: View) -> _Pass | None:
+    """The pass with what is needed for it alone; None where that cannot be told."""
+    container, stream = open_video(source.path)
+    with container:
+        if not can_skip(container, stream):
+            return None
+        frames = _timed(needed_frames(container, stream, times_s), first_pts(stream), tick_s(stream), [])
+        try:
+            pictures, _, end_s = _pick(frames, times_s, view)
+        except NotSure:
+            return None
+    return _Pass(pictures=pictures, end_s=end_s, damages=[], key_times_s=[], late=False)
 
 
 def _pass(source: Source, times_s: np.ndarray, view: View, *, seek_s: float) -> _Pass:
@@ -264,37 +283,42 @@ def _pick(
 
     Holds one frame at a time; only those on display are converted. An instant before the first frame shows the first.
     """
+    limits_s = (times_s + 1e-3).tolist()
     pictures: list[np.ndarray] = []
     current: VideoFrame | None = None
+    scaler = VideoReformatter()  # which prepares itself for a size once
     first_s, end_s = None, 0.0
     for time_s, frame in frames:
         first_s = time_s if first_s is None else first_s
-        until = int(np.searchsorted(times_s + 1e-3, time_s, side="left"))
+        until = bisect_left(limits_s, time_s)
         if current is not None:
-            _show(current, until - len(pictures), pictures, view)
+            _show(current, until - len(pictures), pictures, view, scaler)
         current = frame
         end_s = max(end_s, time_s + float((frame.duration or 0) * (frame.time_base or 0)))
         if until == len(times_s) == len(pictures):
             break
     if current is not None:
-        _show(current, int((times_s < end_s + 1e-3).sum()) - len(pictures), pictures, view)
+        _show(current, int((times_s < end_s + 1e-3).sum()) - len(pictures), pictures, view, scaler)
     return pictures, first_s, end_s
 
 
-def _show(frame: VideoFrame, times: int, pictures: list[np.ndarray], view: View) -> None:
+def _show(
+    frame: VideoFrame, times: int, pictures: list[np.ndarray], view: View, scaler: VideoReformatter
+) -> None:
     """Append a frame's picture as often as it is on display."""
     if times > 0:
-        pictures.extend([picture(frame, view)] * times)
+        pictures.extend([picture(frame, view, scaler)] * times)
 
 
-def picture(frame: VideoFrame, view: View) -> np.ndarray:
+def picture(frame: VideoFrame, view: View, scaler: VideoReformatter | None = None) -> np.ndarray:
     """A frame as the model sees it: uint8 RGB [H, W, 3], upright, scaled and cropped."""
     turns = frame.rotation // 90
     upright = (frame.width, frame.height) if turns % 2 == 0 else (frame.height, frame.width)
     width_px, height_px = view.scaled_size(*upright)
     if turns % 2:
         width_px, height_px = height_px, width_px
-    scaled = frame.reformat(width=width_px, height=height_px, format="rgb24", interpolation="BICUBIC")
+    size = {"width": width_px, "height": height_px, "format": "rgb24"}
+    scaled = (scaler or VideoReformatter()).reformat(frame, **size, interpolation="BICUBIC", threads=1)
     return view.crop(np.rot90(scaled.to_ndarray(), turns))
 
 
