@@ -13,6 +13,7 @@ import tyro
 
 from jobs.benchmarks.focus import Focus
 from jobs.benchmarks.model import ModelSpeed
+from jobs.benchmarks.pipeline import PipelineSpeed
 from jobs.benchmarks.precision import Precision
 from jobs.benchmarks.report import Benchmark, environment
 from jobs.benchmarks.scaling import Scaling
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, Any] = {
     "tune": Tune,
     "precision": Precision,
     "focus": Focus,
+    "pipeline": PipelineSpeed,
 }
 
 

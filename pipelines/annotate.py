@@ -34,6 +34,8 @@ _VIDEOS_PER_TASK = 32
 # Clips of one decoding task, and so of one annotations file: seconds of work, which is what a crash can cost, against
 # tens of milliseconds for a task, a file and its checkpoint.
 _CLIPS_PER_TASK = 32
+# Tasks for each core, where there are so few clips that all cores would not be at work until the end.
+_TASKS_PER_CORE = 8
 # Heap of a decoding task and its child. Ray cannot see heap, so it is asked for.
 DECODE_MEMORY_BYTES = DEFAULT_LIMITS.memory_bytes
 # A write waits for the disk. Its share comes from a model process, so that on two cores, one decoding, one running
@@ -79,11 +81,12 @@ def write_annotations(output: Path, checkpoint: Checkpoint, settings: Settings) 
     without a loss or a double.
     """
     fence(output)
-    if not write_remaining(output, output / MANIFEST_DIR):
+    num_clips = write_remaining(output, output / MANIFEST_DIR)
+    if not num_clips:
         return
     remaining = ray.data.read_parquet(str(output / REMAINING_DIR), schema=MANIFEST)
     annotated = model_stage(
-        tokenize_stage(remaining, checkpoint.config, settings.tokens, settings.limits),
+        tokenize_stage(remaining, checkpoint.config, settings.tokens, settings.limits, num_clips=num_clips),
         Annotator,
         (checkpoint, settings.capacity, settings.top_k, settings.engine),
         batch_size=settings.batch_size,
@@ -112,16 +115,26 @@ def _plan_table(videos: pa.Table, plan: ClipPlan, limits: Limits) -> pa.Table:
 
 
 def tokenize_stage(
-    manifest: Dataset, config: ModelConfig, options: TokenOptions, limits: Limits = DEFAULT_LIMITS
+    manifest: Dataset,
+    config: ModelConfig,
+    options: TokenOptions,
+    limits: Limits = DEFAULT_LIMITS,
+    *,
+    num_clips: int | None = None,
 ) -> Dataset:
-    """MANIFEST rows -> DECODED rows, on CPUs."""
-    return manifest.repartition(target_num_rows_per_block=_CLIPS_PER_TASK).map_batches(
+    """MANIFEST rows -> DECODED rows, on CPUs; how many rows there are, if it is known, decides how they are shared."""
+    return manifest.repartition(target_num_rows_per_block=_clips_per_task(num_clips)).map_batches(
         functools.partial(tokenize_table, config=config, options=options, limits=limits),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,  # both decoders run on one thread
         memory=min(limits.memory_bytes, DECODE_MEMORY_BYTES),  # what a limit allows beyond that is rarely needed
     )
+
+
+def _clips_per_task(num_clips: int | None) -> int:
+    num_tasks = _TASKS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    return _CLIPS_PER_TASK if num_clips is None else min(_CLIPS_PER_TASK, max(1, num_clips // num_tasks))
 
 
 def model_stage(

@@ -302,9 +302,7 @@ def _pick(
     return pictures, first_s, end_s
 
 
-def _show(
-    frame: VideoFrame, times: int, pictures: list[np.ndarray], view: View, scaler: VideoReformatter
-) -> None:
+def _show(frame: VideoFrame, times: int, pictures: list[np.ndarray], view: View, scaler: VideoReformatter) -> None:
     """Append a frame's picture as often as it is on display."""
     if times > 0:
         pictures.extend([picture(frame, view, scaler)] * times)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import jobs.benchmark
-from jobs.inputs import BUNDLED
+from jobs.inputs import BUNDLED, BUNDLED_MODEL
 from mone.baselines import METHODS, capacities_of, sharing_weights, with_method
 from mone.checkpoint import save_checkpoint
 from mone.compute import clip_compute, training_flops
@@ -206,7 +206,7 @@ def test_bad_options_of_precision(refused, options, names):
     refused("precision", *options, names=names)
 
 
-@pytest.mark.parametrize("name", sorted(jobs.benchmark.BENCHMARKS.keys() - {"scaling", "tune"}))
+@pytest.mark.parametrize("name", sorted(jobs.benchmark.BENCHMARKS.keys() - {"pipeline", "scaling", "tune"}))
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(refused, name):
     refused(name, "--device", "cuda", names="cuda")
@@ -303,3 +303,50 @@ def test_several_engines_are_several_rows(measured):
     record = measured("model", *SMALL, *options, "--engine", "layout", "reference")
     rows = [(row["method"], row["engine"]) for row in record["rows"]]
     assert rows == [(method, engine) for engine in ("layout", "reference") for method in ("dense", "mone")]
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--videos", "0"], "--videos"),
+        (["--rounds", "0"], "--rounds"),
+        (["--frames", "5"], "num_frames"),
+        (["--size", "30"], "height_px"),
+        (["--span=-1"], "span"),
+        (["--resolution", "361"], "--resolution"),
+        (["--resolution"], "--resolution"),
+        (["--sampling", "some"], "some"),
+        (["--duration", "nan"], "--duration"),
+        (["--data", "no/such/videos"], "no/such/videos"),
+        (["--data", BUNDLED_LABELS, "--keep", "here"], "--keep"),
+        (["--model", "no-such-model"], "no-such-model"),
+        (["--model", str(BUNDLED_MODEL), "--scale"], "--scale"),
+    ],
+)
+def test_bad_options_of_pipeline(refused, options, names):
+    refused("pipeline", *options, names=names)
+
+
+@pytest.mark.ray
+def test_all_ways_give_all_frames_of_all_clips(tmp_path):
+    options = ["--videos", 2, "--duration", 2, "--resolution", 64, "--rounds", 1, "--keep", tmp_path / "videos"]
+    sizes = ["--frames", 4, "--size", 32, "--span", 0.5, "--full-frames"]
+    ended = run_job("benchmark", "pipeline", *options, *sizes)
+    assert ended.returncode == 0, ended.stderr
+    *table, last = ended.stdout.splitlines()
+    record = json.loads(last)
+    assert len(table) == len(record["rows"]) + 2 and len(list((tmp_path / "videos").glob("*.mp4"))) == 2
+    ways = ["pipeline", "read_videos", "decoders alone", "read_videos, full frames"]
+    assert [(row["sampling"], row["side"]) for row in record["rows"]] == [
+        (sampling, way) for sampling in ("sparse", "dense") for way in ways
+    ]
+    for row in record["rows"]:
+        assert (row["videos"], row["failed_clips"], row["spilled_bytes"]) == (2, 0, 0)
+        assert row["clips"] == row["complete_clips"] == 8 and row["frames"] == 8 * 4
+        (seconds,) = row["seconds_rounds"]
+        assert row["clips_per_s"] == pytest.approx(8 / seconds)
+        assert row["cpu_s"] > 0 and row["processes_bytes"] >= row["largest_process_bytes"] > 0
+    for row in record["rows"]:
+        of = {other["side"]: other for other in record["rows"] if other["sampling"] == row["sampling"]}
+        assert row["share_of_limit"] == pytest.approx(of["decoders alone"]["seconds"] / row["seconds"])
+        assert row["times_read_videos"] == pytest.approx(of["read_videos"]["seconds"] / row["seconds"])

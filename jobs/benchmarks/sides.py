@@ -1,0 +1,174 @@
+"""Three ways from planned clips to frames of a model's size, for comparison: ours, Ray's own, and decoders alone.
+
+Each hands all frames to one consumer that drops them.
+"""
+
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from multiprocessing.pool import Pool
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from mone.checkpoint import Checkpoint
+from mone.config import ModelConfig
+from pipelines.annotate import model_stage, tokenize_stage
+from pipelines.decode import Clip, Source, decode_clips
+from pipelines.manifest import by_video, source_of
+from pipelines.predict import Annotator
+from pipelines.schema import MANIFEST, PlannedClip, Status
+from pipelines.timeline import instants
+from pipelines.tokenize import view_of
+from pipelines.view import WHOLE_CLIPS, View
+
+# Clips of a file that a decoder alone is given at once, so that all of them end together.
+_CLIPS_AT_ONCE = 8
+
+
+class Done(NamedTuple):
+    """What came out of a side: frames of each clip, and clips that failed."""
+
+    frames: Counter[str]
+    failed: int
+
+
+def ours(manifest: str, config: ModelConfig) -> Done:
+    """The stage of the annotation graph that decodes, as it is."""
+    decoded = _decoded(manifest, config)
+    frames: Counter[str] = Counter()
+    failed = 0
+    clip_bytes = config.num_indices * config.num_tokens * config.patch_values
+    for table in decoded.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for clip_id, patches in zip(table["clip_id"].to_pylist(), table["patches"], strict=True):
+            size = 0 if (buffer := patches.as_buffer()) is None else len(buffer)
+            frames[clip_id] += config.num_frames * size // clip_bytes
+            failed += not size
+    return Done(frames, failed)
+
+
+def annotated(manifest: str, checkpoint: Checkpoint, capacity: float) -> Done:
+    """The annotation graph up to its rows: decoding and the model."""
+    rows = model_stage(_decoded(manifest, checkpoint.config), Annotator, (checkpoint, capacity, 5))
+    frames: Counter[str] = Counter()
+    failed = 0
+    for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for clip_id, status in zip(table["clip_id"].to_pylist(), table["status"].to_pylist(), strict=True):
+            is_ok = status == Status.OK
+            frames[clip_id] += checkpoint.config.num_frames * is_ok
+            failed += not is_ok
+    return Done(frames, failed)
+
+
+def _decoded(manifest: str, config: ModelConfig) -> ray.data.Dataset:
+    planned = ray.data.read_parquet(manifest, schema=MANIFEST)
+    return tokenize_stage(planned, config, WHOLE_CLIPS, num_clips=planned.count())
+
+
+def read_videos(clips: Sequence[PlannedClip], view: View, *, resize_in_reader: bool) -> Done:
+    """`ray.data.read_videos` as its documentation shows it: a row for each frame, of which some are taken.
+
+    Frames of a clip are not put together again, which would take a shuffle.
+
+    Args:
+        clips: Of the manifest.
+        view: Frames and size wanted.
+        resize_in_reader: Whether the reader resizes, which is the fastest that it can do, or the stage after it.
+    """
+    spans: dict[str, list[tuple[str, np.ndarray]]] = {}
+    for clip in clips:
+        spans.setdefault(clip.video, []).append((clip.clip_id, instants(clip.start_s, clip.end_s, view.num_frames)))
+    width_px, height_px = view.scaled_size(clips[0].width_px, clips[0].height_px)
+    shown = ray.data.read_videos(
+        list(spans),
+        include_paths=True,
+        include_timestamps=True,
+        resize=(height_px, width_px) if resize_in_reader else None,
+    ).map_batches(_Pick(spans, view, (width_px, height_px)), batch_size=32)
+    frames: Counter[str] = Counter()
+    for batch in shown.iter_batches(batch_size=None):
+        frames.update(batch["clip_id"].tolist() if len(batch["clip_id"]) else [])
+    return Done(frames, sum(frames[clip.clip_id] == 0 for clip in clips))
+
+
+class _Pick:
+    """Takes the frames on display at the instants of the clips, in the size of the model."""
+
+    def __init__(
+        self, instants_of_clips: dict[str, list[tuple[str, np.ndarray]]], view: View, size_px: tuple[int, int]
+    ) -> None:
+        self.instants_of_clips, self.view, self.size_px = instants_of_clips, view, size_px
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        ids: list[str] = []
+        frames: list[np.ndarray] = []
+        for path, frame_HWC, (start_s, end_s) in zip(
+            batch["path"], batch["frame"], batch["frame_timestamp"], strict=True
+        ):
+            for clip_id, times_s in self.instants_of_clips[path]:
+                count = int(((times_s + 1e-3 >= start_s) & (times_s + 1e-3 < end_s)).sum())
+                if count:
+                    ids += [clip_id] * count
+                    frames += [self._sized(frame_HWC)] * count
+        shape = (0, self.view.height_px, self.view.width_px, 3)
+        return {"clip_id": np.array(ids, dtype=object), "frame": np.stack(frames) if frames else np.empty(shape, "u1")}
+
+    def _sized(self, frame_HWC: np.ndarray) -> np.ndarray:
+        if frame_HWC.shape[:2] != self.size_px[::-1]:
+            from PIL import Image
+
+            frame_HWC = np.asarray(Image.fromarray(frame_HWC).resize(self.size_px, Image.Resampling.BICUBIC))
+        return self.view.crop(frame_HWC)
+
+
+class Decoders:
+    """The limit: processes that decode and drop, as many as cores, with neither Ray nor tokens nor a consumer."""
+
+    def __init__(self, count: int) -> None:
+        """Start them."""
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        self._pool: Pool = multiprocessing.get_context("spawn").Pool(count)
+        self._pool.map(_warm_up, range(count), chunksize=1)
+
+    def decode(self, clips: Sequence[PlannedClip], config: ModelConfig) -> Done:
+        """Decode all clips; a process that has done its part takes the next."""
+        view, frames, failed = view_of(config), Counter(), 0
+        work = [(source, ids, spans, view) for source, ids, spans in _requests(clips)]
+        for shown in self._pool.imap_unordered(_decode, work, chunksize=1):
+            frames.update(shown)
+            failed += sum(count == 0 for count in shown.values())
+        return Done(frames, failed)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._pool.terminate()
+        self._pool.join()
+
+
+def _requests(clips: Sequence[PlannedClip]) -> Iterator[tuple[Source, list[str], list[tuple[float, float]]]]:
+    for of_video in by_video(clips):
+        for start in range(0, len(of_video), _CLIPS_AT_ONCE):
+            part = of_video[start : start + _CLIPS_AT_ONCE]
+            ids, spans = [clip.clip_id for clip in part], [(clip.start_s, clip.end_s) for clip in part]
+            yield source_of(of_video[0]), ids, spans
+
+
+def _decode(work: tuple[Source, list[str], list[tuple[float, float]], View]) -> dict[str, int]:
+    source, ids, spans, view = work
+    outcomes = decode_clips(source, spans, view)
+    return {
+        clip_id: len(outcome.frames_THWC) if isinstance(outcome, Clip) else 0
+        for clip_id, outcome in zip(ids, outcomes, strict=True)
+    }
+
+
+def _warm_up(_: int) -> None:
+    """Importing this module has imported the decoders."""
+
+
+def manifest_table(clips: Sequence[PlannedClip]) -> pa.Table:
+    """Rows of the manifest."""
+    return pa.table({name: [getattr(clip, name) for clip in clips] for name in MANIFEST.names}, schema=MANIFEST)

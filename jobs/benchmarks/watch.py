@@ -1,0 +1,102 @@
+"""What the processes below this one take while something runs."""
+
+import contextlib
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+# Ray's own services, which are there in any case.
+_SERVICES = ("raylet", "gcs_server", "dashboard", "log_monitor", "agent")
+
+
+class Memory:
+    """Peaks in bytes.
+
+    Attributes:
+        largest: What one process has allocated: resident memory without pages that are shared.
+        together: What all have.
+        spilled: On disk, of Ray's object store.
+        cpu_s: Not a peak: processor seconds of this process, of all below it, and of those that have ended since.
+    """
+
+    def __init__(self) -> None:
+        self.largest = self.together = self.spilled = 0
+        self.cpu_s = 0.0
+
+    @contextlib.contextmanager
+    def watched(self, every_s: float = 0.1) -> Iterator[None]:
+        """Look at all processes below this one again and again."""
+        ended = threading.Event()
+        before = _cpu_s()
+        thread = threading.Thread(target=self._watch, args=(ended, every_s), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            after = _cpu_s()
+            self.cpu_s = sum(seconds - before.get(process, 0.0) for process, seconds in after.items())
+
+    def _watch(self, ended: threading.Event, every_s: float) -> None:
+        session = _spill_folder()
+        while not ended.wait(every_s):
+            sizes = [_allocated_bytes(process) for process in _below(os.getpid()) if not _is_service(process)]
+            self.largest = max([self.largest, *sizes])
+            self.together = max(self.together, sum(sizes))
+            self.spilled = max(self.spilled, _spilled_bytes(session))
+
+
+def _below(root: int) -> list[int]:
+    """Processes started by this one, and those that they started."""
+    children: defaultdict[int, list[int]] = defaultdict(list)
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            children[int((folder / "stat").read_text().rpartition(")")[2].split()[1])].append(int(folder.name))
+    found, level = [], [root]
+    while level:
+        level = [child for parent in level for child in children[parent]]
+        found += level
+    return found
+
+
+def _is_service(process: int) -> bool:
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[:4]
+        return any(name.encode() in Path(os.fsdecode(word)).name.encode() for word in words for name in _SERVICES)
+    return True
+
+
+def _allocated_bytes(process: int) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        _, resident, shared, *_ = map(int, Path(f"/proc/{process}/statm").read_text().split())
+        return (resident - shared) * _PAGE_BYTES
+    return 0
+
+
+def _cpu_s() -> dict[int, float]:
+    """Processor seconds of this process and of those below it, with their children that have ended."""
+    seconds: dict[int, float] = {}
+    for process in [os.getpid(), *_below(os.getpid())]:
+        with contextlib.suppress(OSError, ValueError):
+            times = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:15]
+            seconds[process] = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def _spill_folder() -> Path | None:
+    """Where the Ray that was started here puts objects for which its memory has no room."""
+    from ray._private.worker import _global_node
+
+    return None if _global_node is None else Path(_global_node.get_session_dir_path())
+
+
+def _spilled_bytes(session: Path | None) -> int:
+    total = 0
+    for file in () if session is None else session.glob("ray_spilled_objects*/*"):
+        with contextlib.suppress(OSError):
+            total += file.stat().st_size
+    return total
