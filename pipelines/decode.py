@@ -1,4 +1,4 @@
-"""From a file and spans of it to frames: decord first, PyAV where decord cannot, timestamps in both.
+"""From a file and spans of it to frames: PyAV first for H.264, else decord; the other one where the first cannot.
 
 Frames are scaled in the decoder (bicubic, short side to the model's size) and cropped at the centre, the usual test
 view of video models. Neither decoder lives longer than one call: an idle decord reader decodes ahead without limit.
@@ -21,7 +21,7 @@ import numpy as np
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-from pipelines.needed import NotSure, can_skip, needed_frames
+from pipelines.needed import CODECS, NotSure, can_skip, needed_frames
 from pipelines.probe import Damage, DecodeFailure, decode_frames, first_pts, open_video, tick_s
 from pipelines.schema import Status
 from pipelines.timeline import frames_at, instants
@@ -110,10 +110,10 @@ def decode_clips(
         source: The file.
         spans: Half-open (start_s, end_s) in seconds of presentation time.
         view: Frames and size wanted.
-        decoders: The chain, each taking over where the one before cannot serve the file; default DECODERS.
+        decoders: The chain, each taking over where the one before cannot serve the file; default `chain_of`.
     """
     reasons: list[str] = []
-    for name in decoders or DECODERS:
+    for name in decoders or chain_of(source):
         try:
             outcomes = DECODERS[name](source, spans, view)
         except DecoderUnfit as unfit:
@@ -354,3 +354,9 @@ def _decord_reason(error: BaseException) -> str:
 
 
 DECODERS: dict[str, Decoder] = {"decord": _decode_decord, "pyav": _decode_pyav}
+
+
+def chain_of(source: Source) -> list[str]:
+    """Decoders in the order in which they have their turn: first PyAV where it decodes only what is needed."""
+    names = list(DECODERS)
+    return names[::-1] if source.container in _DECORD_CONTAINERS and source.codec in CODECS else names

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipelines.child import Call, Killed, call, call_each
-from pipelines.decode import DECODERS, Clip, Outcome, Source, decode_clips
+from pipelines.decode import Clip, Outcome, Source, chain_of, decode_clips
 from pipelines.limits import DEFAULT_LIMITS, Limits
 from pipelines.probe import DecodeFailure, VideoInfo, probe
 from pipelines.schema import Status
@@ -15,8 +15,6 @@ from pipelines.view import View
 
 # Clips of a file, each tried by itself, that may reach the limit on time before the rest are given up.
 _MAX_TIMEOUTS = 2
-# What has its turn where decoding was ended.
-_LAST_DECODER = list(DECODERS)[-1:]
 
 
 Decode = Callable[[Source, Sequence[tuple[float, float]], View, Sequence[str]], list[Outcome]]
@@ -102,7 +100,7 @@ class _Piece:
 
     def _by_last_decoder(self) -> list[Outcome]:
         try:
-            return call(self.task(_LAST_DECODER)).outcomes
+            return call(self.task(chain_of(self.source)[-1:])).outcomes
         except Killed as killed:
             if len(self.spans) == 1:
                 return [DecodeFailure(killed.status, f"decoding {killed}")]

@@ -1,4 +1,4 @@
-"""Frames of H.264 with as little decoding as they need: what no other frame is predicted from is skipped, unless asked for.
+"""Frames of H.264 with little decoding: what no other frame is predicted from is skipped, unless it is asked for.
 
 A decoder has to go through all frames from a key frame on, but not through those that nothing refers to: every second
 one in usual files. Which of them are asked for is known before they are decoded, from the times of the packets. The
@@ -22,7 +22,7 @@ from pipelines.probe import container_name, first_pts, tick_s
 # Where packets say when they are shown, and an index says where key frames are.
 _CONTAINERS = frozenset({"mov", "matroska"})
 # Codecs of which FFmpeg skips exactly the frames that nothing refers to.
-_CODECS = frozenset({"h264"})
+CODECS = frozenset({"h264"})
 # A gap between instants that may be worth a seek.
 _GAP_S = 0.5
 # Container time bases are coarse; see `timeline.frames_at`.
@@ -35,7 +35,7 @@ class NotSure(Exception):  # noqa: N818 - decode everything then
 
 def can_skip(container: InputContainer, stream: VideoStream) -> bool:
     """Whether `needed_frames` may be tried."""
-    return container_name(container) in _CONTAINERS and stream.codec_context.name in _CODECS
+    return container_name(container) in _CONTAINERS and stream.codec_context.name in CODECS
 
 
 def needed_frames(container: InputContainer, stream: VideoStream, times_s: np.ndarray) -> Iterator[VideoFrame]:

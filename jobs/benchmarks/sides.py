@@ -42,6 +42,7 @@ def ours(manifest: str, config: ModelConfig) -> Done:
     frames: Counter[str] = Counter()
     failed = 0
     clip_bytes = config.num_indices * config.num_tokens * config.patch_values
+    table: Any
     for table in decoded.iter_batches(batch_size=None, batch_format="pyarrow"):
         for clip_id, patches in zip(table["clip_id"].to_pylist(), table["patches"], strict=True):
             size = 0 if (buffer := patches.as_buffer()) is None else len(buffer)
@@ -55,6 +56,7 @@ def annotated(manifest: str, checkpoint: Checkpoint, capacity: float) -> Done:
     rows = model_stage(_decoded(manifest, checkpoint.config), Annotator, (checkpoint, capacity, 5))
     frames: Counter[str] = Counter()
     failed = 0
+    table: Any
     for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
         for clip_id, status in zip(table["clip_id"].to_pylist(), table["status"].to_pylist(), strict=True):
             is_ok = status == Status.OK
@@ -89,6 +91,7 @@ def read_videos(clips: Sequence[PlannedClip], view: View, *, resize_in_reader: b
         resize=(height_px, width_px) if resize_in_reader else None,
     ).map_batches(_Pick(spans, view, (width_px, height_px)), batch_size=32)
     frames: Counter[str] = Counter()
+    batch: Any
     for batch in shown.iter_batches(batch_size=None):
         frames.update(batch["clip_id"].tolist() if len(batch["clip_id"]) else [])
     return Done(frames, sum(frames[clip.clip_id] == 0 for clip in clips))
@@ -102,7 +105,8 @@ class _Pick:
     ) -> None:
         self.instants_of_clips, self.view, self.size_px = instants_of_clips, view, size_px
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    def __call__(self, batch: Any) -> Any:
+        """From rows of `read_videos` to a row for each frame of a clip; columns as arrays."""
         ids: list[str] = []
         frames: list[np.ndarray] = []
         for path, frame_HWC, (start_s, end_s) in zip(

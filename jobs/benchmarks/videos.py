@@ -11,7 +11,7 @@ import numpy as np
 FPS = 24
 # Frames from one key frame to the next: x264's own choice, and two seconds, as streaming services have it.
 GOPS = (250, 48)
-# Mean and spread of what a camera adds, in grey levels.
+# Spread of what a camera adds, in grey levels.
 _GRAIN = 3.0
 
 
@@ -21,7 +21,8 @@ def write_videos(folder: Path, count: int, *, width_px: int, height_px: int, dur
     Args:
         folder: Where; files that are there already are kept.
         count: How many.
-        width_px, height_px: Of a frame, even.
+        width_px: Of a frame, a multiple of 4.
+        height_px: Likewise.
         duration_s: Of a video, at 24 frames a second.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +43,6 @@ def write_videos(folder: Path, count: int, *, width_px: int, height_px: int, dur
 
 
 def _write(path: Path, width_px: int, height_px: int, num_frames: int, gop: int) -> None:
-    # One thread: with several, x264 makes the same pictures from other bits.
     options = {"preset": "veryfast", "crf": "23", "g": str(gop), "bf": "3", "b-pyramid": "normal"}
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS, options=options)

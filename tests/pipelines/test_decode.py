@@ -64,7 +64,7 @@ def test_lossless_frames_are_exact(tmp_path, decoder, name, width_px, height_px)
 @pytest.mark.parametrize("width_px", [32, 48, 96, 128])
 def test_the_chain_is_exact_at_widths_that_decord_refuses(tmp_path, width_px):
     frames = indexed_frames(10, width_px, 64)
-    path = write_video(tmp_path / "a.mp4", frames)
+    path = write_video(tmp_path / "a.mkv", frames)
     (outcome,) = decode_clips(source(path), [(0.0, 1.0)], view(width_px, 64, 10))
     assert isinstance(outcome, Clip)
     np.testing.assert_array_equal(outcome.frames_THWC, frames)
@@ -292,6 +292,28 @@ def test_clips_of_one_pass_equal_clips_alone(tmp_path, monkeypatch, decoder, lim
         (alone,) = outcomes(decoder, path, [span], view())
         assert isinstance(outcome, Clip) and isinstance(alone, Clip) and outcome.note == alone.note
         np.testing.assert_array_equal(outcome.frames_THWC, alone.frames_THWC)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+@pytest.mark.parametrize(
+    "options", [{"bf": "0"}, {"bf": "3", "b-pyramid": "normal"}, {"bf": "3", "x264opts": "open-gop"}]
+)
+def test_skipping_what_nothing_refers_to_changes_no_pixel(tmp_path, monkeypatch, name, options):
+    """Lossy and predicted from all sides, at odd times, with spans far apart, overlapping, and of one frame."""
+    rng = np.random.default_rng(0)
+    times_ms = np.cumsum(rng.integers(20, 90, 200)).tolist()
+    options = {"g": "25", "crf": "30"} | options
+    path = write_video(
+        tmp_path / name, indexed_frames(200), times_ms=times_ms, codec="libx264", pix_fmt="yuv420p", options=options
+    )
+    end_s = times_ms[-1] / 1000
+    spans = [(0.0, 1.0), (0.5, 1.2), (3.0, 3.4), (3.3, 3.301), (5.01, 7.7), (end_s - 0.4, end_s), (0.0, end_s)]
+    assert decode._quick_pass(source(path), np.array([0.1, 3.3, end_s - 0.01]), view()) is not None
+    skipped = outcomes("pyav", path, spans, view())
+    monkeypatch.setattr(decode, "_quick_pass", lambda *_: None)
+    for ours, theirs in zip(skipped, outcomes("pyav", path, spans, view()), strict=True):
+        assert isinstance(ours, Clip) and isinstance(theirs, Clip) and ours.note == theirs.note
+        np.testing.assert_array_equal(ours.frames_THWC, theirs.frames_THWC)
 
 
 def test_torch_works_after_the_decoders():

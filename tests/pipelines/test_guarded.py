@@ -95,7 +95,7 @@ def test_a_poisonous_span_does_not_take_its_neighbours_along(source, decode, sta
 def test_where_decoding_crashed_the_last_decoder_has_its_turn(source):
     ((outcomes, _),) = decode_guarded([Request(source, SPANS)], VIEW, decode=only_the_first_crashes)
     assert [number for outcome in outcomes for number in fine(outcome)] == list(range(40))
-    assert {(outcome.decoder, outcome.note) for outcome in outcomes} == {("pyav", "decoding ended by SIGSEGV")}
+    assert {(outcome.decoder, outcome.note) for outcome in outcomes} == {("decord", "decoding ended by SIGSEGV")}
 
 
 def test_a_file_that_always_hangs_is_given_up_soon(source, monkeypatch):
