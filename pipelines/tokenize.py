@@ -55,9 +55,10 @@ def _row(clip: PlannedClip, outcome: Outcome, config: ModelConfig, options: Toke
     note = "; ".join(filter(None, (clip.note, outcome.note)))
     row |= {"decoder": outcome.decoder, "note": note, "repeated_share": outcome.repeated_share}
     views = view_of(config, options.views).windows(outcome.frames_THWC)
-    patches_VFNP = np.stack([to_patches(frames_THWC, config) for frames_THWC in views])
+    patches = [to_patches(frames_THWC, config) for frames_THWC in views]
+    patches_VFNP = np.stack(patches) if len(patches) > 1 else patches[0][None]
     if options.drop_static is None:
-        return row | {"patches": patches_VFNP.tobytes()}
+        return row | {"patches": np.ascontiguousarray(patches_VFNP).data.cast("B")}  # megabytes: not another copy
     kept_K = kept_patches(patches_VFNP[0], options.drop_static)
     patches_KP = patches_VFNP.reshape(-1, config.patch_values)[kept_K]
     return row | {"patches": patches_KP.tobytes(), "kept": kept_K.astype(np.int32).tobytes()}
