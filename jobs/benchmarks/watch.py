@@ -42,12 +42,13 @@ class Memory:
             self.cpu_s = sum(seconds - before.get(process, 0.0) for process, seconds in after.items())
 
     def _watch(self, ended: threading.Event, every_s: float) -> None:
-        session = _spill_folder()
-        while not ended.wait(every_s):
+        session, is_ended = _spill_folder(), False
+        while not is_ended:  # one look at least
             sizes = [_allocated_bytes(process) for process in _below(os.getpid()) if not _is_service(process)]
             self.largest = max([self.largest, *sizes])
             self.together = max(self.together, sum(sizes))
             self.spilled = max(self.spilled, _spilled_bytes(session))
+            is_ended = ended.wait(every_s)
 
 
 def _below(root: int) -> list[int]:
