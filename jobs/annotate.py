@@ -13,7 +13,7 @@ from typing import Any
 
 from jobs.cli import JobFailed, UserError, checking_input, run
 from jobs.cluster import connected
-from jobs.inputs import BUNDLED_MODEL, Archive, TokenArguments, load_model, make_output
+from jobs.inputs import BUNDLED_MODEL, Archive, LimitOptions, TokenArguments, load_model, make_output
 from jobs.plan_record import check_plan, write_plan
 from jobs.progress import clips_progress
 from jobs.run_record import read_run, timestamp, totals_record, versions, write_run
@@ -25,14 +25,16 @@ from pipelines.annotate import MANIFEST_DIR, Settings, write_annotations, write_
 from pipelines.archive import list_videos
 from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.ledger import LedgerError, Totals, count_rows, totals
+from pipelines.retry import undo_failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Annotate(TokenArguments):
+class Annotate(TokenArguments, LimitOptions):
     """Label every clip of an archive: one row per clip in DIR/annotations, whatever happened to it.
 
     Plans first where DIR has no manifest. Stopped or killed at any moment, the same command continues; finished, it
-    does nothing. Failures are rows with their reason. `python -m jobs.audit DIR` proves that nothing is missing.
+    does nothing. Failures are rows with their reason; --retry-failed does those again. `python -m jobs.audit DIR`
+    proves that nothing is missing.
     """
 
     archive: Archive
@@ -51,6 +53,8 @@ class Annotate(TokenArguments):
     """Model processes at most; 0 means one per GPU, or one per two CPUs."""
     engine: Engine = "auto"
     """Code that runs the model's blocks, "reference" being the plainest; all compute the same (docs/performance.md)."""
+    retry_failed: bool = False
+    """Do the rows of an earlier run again that are not ok, and only those."""
     max_failed_share: float = 0.5
     """Exit with status 1 where more clips failed than this share (all rows are written all the same)."""
     address: str = ""
@@ -63,6 +67,8 @@ def annotate(config: Annotate) -> None:
     clip_plan = config.plan(checkpoint.config.span_s)
     output = Path(config.output).resolve()
     planned = (output / MANIFEST_DIR).exists()
+    if config.retry_failed and not planned:
+        raise UserError(f"nothing to retry: {config.output} has no rows of an earlier run")
     if planned:
         check_plan(output, config.archive, clip_plan)
     with checking_input():
@@ -75,7 +81,10 @@ def annotate(config: Annotate) -> None:
             if not planned:
                 write_plan(output, config.archive, clip_plan)
                 print(f"plan      {len(videos):,} videos", file=sys.stderr)
-                write_manifest(videos, clip_plan, output)
+                write_manifest(videos, clip_plan, output, settings.limits)
+            if config.retry_failed:
+                num_failed = undo_failed(output, clip_plan, settings.limits)
+                print(f"retry     {num_failed:,} clips", file=sys.stderr)
             with clips_progress(output / ANNOTATIONS_DIR, count_rows(output / MANIFEST_DIR)):
                 write_annotations(output, checkpoint, settings)
     except LedgerError as error:  # files of an earlier run that have been damaged since
@@ -115,6 +124,7 @@ def check(config: Annotate) -> tuple[Checkpoint, Settings]:
         batch_size=config.batch_size,
         num_model_workers=config.num_model_workers,
         engine=config.engine,
+        limits=config.limits(),
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jobs.cli import UserError, checking_input, run
 from jobs.cluster import connected
 from jobs.estimate import estimate
-from jobs.inputs import BUNDLED_MODEL, Archive, ClipOptions, load_model, make_output
+from jobs.inputs import BUNDLED_MODEL, Archive, ClipOptions, LimitOptions, load_model, make_output
 from jobs.plan_record import write_plan
 from mone.capacity import check_capacity
 from pipelines.annotate import MANIFEST_DIR, write_manifest
@@ -18,7 +18,7 @@ from pipelines.archive import list_videos
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan(ClipOptions):
+class Plan(ClipOptions, LimitOptions):
     """Probe every video of an archive and write the clip manifest to DIR/manifest.
 
     Prints videos, clips, hours, and what annotating them would cost, measured on a sample of the clips.
@@ -39,7 +39,7 @@ class Plan(ClipOptions):
 def plan(config: Plan) -> None:
     """Run the job."""
     checkpoint = load_model(config.model)
-    clip_plan = config.plan(checkpoint.config.span_s)
+    clip_plan, limits = config.plan(checkpoint.config.span_s), config.limits()
     with checking_input():
         check_capacity(config.capacity, checkpoint.config.num_experts)
         videos = list(list_videos(config.archive))
@@ -48,7 +48,7 @@ def plan(config: Plan) -> None:
         raise UserError(f"{output / MANIFEST_DIR} exists; choose another --output, or remove it to plan again")
     write_plan(output, config.archive, clip_plan)
     with connected(config.address):
-        write_manifest(videos, clip_plan, output)
+        write_manifest(videos, clip_plan, output, limits)
     print(estimate(output / MANIFEST_DIR, checkpoint, config.capacity))
 
 

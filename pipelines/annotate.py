@@ -17,6 +17,7 @@ from mone.config import ModelConfig
 from mone.engine.choice import Engine
 from pipelines.archive import Video
 from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, write_remaining
+from pipelines.limits import DEFAULT_LIMITS, Limits
 from pipelines.manifest import plan_video
 from pipelines.predict import Annotator
 from pipelines.schema import MANIFEST
@@ -33,8 +34,8 @@ _VIDEOS_PER_TASK = 32
 # Clips of one decoding task, and so of one annotations file: seconds of work, which is what a crash can cost, against
 # tens of milliseconds for a task, a file and its checkpoint.
 _CLIPS_PER_TASK = 32
-# Heap of a decoding task: two frames of 8192 x 4320 take 0.9 GB. Ray cannot see heap, so it is asked for.
-DECODE_MEMORY_BYTES = 1 << 30
+# Heap of a decoding task and its child. Ray cannot see heap, so it is asked for.
+DECODE_MEMORY_BYTES = DEFAULT_LIMITS.memory_bytes
 # A write waits for the disk. Its share comes from a model process, so that on two cores, one decoding, one running
 # the model, there is room to write: without it nothing is committed before everything is decoded.
 _WRITE_CPUS = 0.25
@@ -51,6 +52,7 @@ class Settings:
         batch_size: Clips of a forward pass; 0 picks by device.
         num_model_workers: Model processes; 0 means one per GPU, or one per two CPUs where there is no GPU.
         engine: Which code runs the model's blocks.
+        limits: What reading a video may take.
     """
 
     capacity: float
@@ -59,13 +61,14 @@ class Settings:
     batch_size: int = 0
     num_model_workers: int = 0
     engine: Engine = "auto"
+    limits: Limits = DEFAULT_LIMITS
 
 
-def write_manifest(videos: Iterable[Video], plan: ClipPlan, output: Path) -> None:
+def write_manifest(videos: Iterable[Video], plan: ClipPlan, output: Path, limits: Limits = DEFAULT_LIMITS) -> None:
     """Probe the videos in parallel and write DIR/manifest, which appears whole or not at all."""
     partial = output / f"{MANIFEST_DIR}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    plan_stage(videos, plan).write_parquet(str(partial))
+    plan_stage(videos, plan, limits).write_parquet(str(partial))
     partial.rename(output / MANIFEST_DIR)
 
 
@@ -80,7 +83,7 @@ def write_annotations(output: Path, checkpoint: Checkpoint, settings: Settings) 
         return
     remaining = ray.data.read_parquet(str(output / REMAINING_DIR), schema=MANIFEST)
     annotated = model_stage(
-        tokenize_stage(remaining, checkpoint.config, settings.tokens),
+        tokenize_stage(remaining, checkpoint.config, settings.tokens, settings.limits),
         Annotator,
         (checkpoint, settings.capacity, settings.top_k, settings.engine),
         batch_size=settings.batch_size,
@@ -91,31 +94,33 @@ def write_annotations(output: Path, checkpoint: Checkpoint, settings: Settings) 
     shutil.rmtree(output / REMAINING_DIR)
 
 
-def plan_stage(videos: Iterable[Video], plan: ClipPlan) -> Dataset:
+def plan_stage(videos: Iterable[Video], plan: ClipPlan, limits: Limits = DEFAULT_LIMITS) -> Dataset:
     """Videos -> MANIFEST rows: probing is short I/O and one decoded frame per file."""
     rows = [dataclasses.asdict(video) for video in videos]
     table = pa.Table.from_pylist(rows, schema=_VIDEOS)
     return (
         ray.data.from_arrow(table)
         .repartition(-(-len(table) // _VIDEOS_PER_TASK))
-        .map_batches(functools.partial(_plan_table, plan=plan), batch_size=None, batch_format="pyarrow")
+        .map_batches(functools.partial(_plan_table, plan=plan, limits=limits), batch_size=None, batch_format="pyarrow")
     )
 
 
-def _plan_table(videos: pa.Table, plan: ClipPlan) -> pa.Table:
-    clips = [clip for row in videos.to_pylist() for clip in plan_video(Video(**row), plan)]
+def _plan_table(videos: pa.Table, plan: ClipPlan, limits: Limits) -> pa.Table:
+    clips = [clip for row in videos.to_pylist() for clip in plan_video(Video(**row), plan, limits)]
     columns = {name: [getattr(clip, name) for clip in clips] for name in MANIFEST.names}
     return pa.table(columns, schema=MANIFEST)
 
 
-def tokenize_stage(manifest: Dataset, config: ModelConfig, options: TokenOptions) -> Dataset:
+def tokenize_stage(
+    manifest: Dataset, config: ModelConfig, options: TokenOptions, limits: Limits = DEFAULT_LIMITS
+) -> Dataset:
     """MANIFEST rows -> DECODED rows, on CPUs."""
     return manifest.repartition(target_num_rows_per_block=_CLIPS_PER_TASK).map_batches(
-        functools.partial(tokenize_table, config=config, options=options),
+        functools.partial(tokenize_table, config=config, options=options, limits=limits),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,  # both decoders run on one thread
-        memory=DECODE_MEMORY_BYTES,
+        memory=min(limits.memory_bytes, DECODE_MEMORY_BYTES),  # what a limit allows beyond that is rarely needed
     )
 
 

@@ -36,13 +36,22 @@ def read_columns(folder: Path, columns: list[str], schema: pa.Schema) -> Iterato
         LedgerError: A file that cannot be read or lacks a column; it is named.
     """
     for path in parquet_files(folder):
-        try:
-            lacking = set(columns) - set(pq.read_schema(path).names)
-            if lacking:
-                raise LedgerError(f"{path} has no column {', '.join(sorted(lacking))}")
-            yield pq.read_table(path, columns=columns, schema=schema)
-        except (pa.ArrowException, OSError) as error:
-            raise LedgerError(f"cannot read {path}: {error}") from error
+        yield read_file(path, columns, schema)
+
+
+def read_file(path: Path, columns: list[str], schema: pa.Schema) -> pa.Table:
+    """Some columns of one file.
+
+    Raises:
+        LedgerError: It cannot be read or lacks a column; it is named.
+    """
+    try:
+        lacking = set(columns) - set(pq.read_schema(path).names)
+        if lacking:
+            raise LedgerError(f"{path} has no column {', '.join(sorted(lacking))}")
+        return pq.read_table(path, columns=columns, schema=schema)
+    except (pa.ArrowException, OSError) as error:
+        raise LedgerError(f"cannot read {path}: {error}") from error
 
 
 def count_rows(folder: Path) -> int:

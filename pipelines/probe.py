@@ -34,6 +34,9 @@ class DecodeFailure(Exception):  # noqa: N818 - becomes a row
         super().__init__(" ".join(message.split()))
         self.status = status
 
+    def __reduce__(self) -> tuple[type["DecodeFailure"], tuple[Status, str]]:
+        return type(self), (self.status, str(self))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoInfo:
@@ -89,6 +92,7 @@ def open_video(path: str) -> tuple[InputContainer, VideoStream]:
             raise DecodeFailure(Status.UNSUPPORTED, f"a still picture ({container.format.name}), not a video")
         if stream.codec_context is None:
             raise DecodeFailure(Status.UNSUPPORTED, "a codec that FFmpeg does not know")
+        stream.codec_context.thread_count = 1  # by default one for each core, in each of the workers of a node
         if stream.codec_context.width * stream.codec_context.height > MAX_FRAME_PIXELS:
             size = f"{stream.codec_context.width}x{stream.codec_context.height}"
             raise DecodeFailure(Status.UNSUPPORTED, f"frames of {size} exceed {MAX_FRAME_PIXELS} pixels")
