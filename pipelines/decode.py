@@ -16,6 +16,7 @@ from av.video.frame import VideoFrame
 
 from pipelines.probe import Damage, DecodeFailure, decode_frames, first_pts, open_video, tick_s
 from pipelines.schema import Status
+from pipelines.storage.address import is_remote
 from pipelines.timeline import frames_at, instants
 from pipelines.view import View
 
@@ -116,6 +117,8 @@ def _with_note(outcome: Outcome, reasons: list[str]) -> Outcome:
 def _decode_decord(source: Source, spans: Sequence[tuple[float, float]], view: View) -> list[Outcome]:
     if source.container not in _DECORD_CONTAINERS or source.codec not in _DECORD_CODECS:
         raise DecoderUnfit(f"{source.codec} in {source.container} is left to PyAV")
+    if is_remote(source.path):
+        raise DecoderUnfit("a remote file is left to PyAV, which reads only what a clip needs")
     width_px, height_px = view.scaled_size(source.width_px, source.height_px)
     try:
         reader = decord.VideoReader(source.path, width=width_px, height=height_px, num_threads=1)

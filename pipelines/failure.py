@@ -1,0 +1,15 @@
+"""The one exception of reading and decoding: caught in one place and turned into a row."""
+
+from pipelines.schema import Status
+
+
+class DecodeFailure(Exception):  # noqa: N818 - becomes a row
+    """A video, or a clip of it, that cannot be shown.
+
+    Attributes:
+        status: The row's status.
+    """
+
+    def __init__(self, status: Status, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+        self.status = status
