@@ -26,7 +26,13 @@ from pipelines.view import WHOLE_CLIPS, TokenOptions
 
 MANIFEST_DIR = "manifest"
 
-_VIDEOS = pa.schema([("uri", pa.string()), ("label", pa.string()), ("split", pa.string())])
+_VIDEOS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("uri", "label", "split")),
+        ("size_bytes", pa.int64()),
+        ("version", pa.string()),
+    ]
+)
 
 # Videos that one task probes: some tenths of a second of work.
 _VIDEOS_PER_TASK = 32

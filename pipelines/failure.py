@@ -13,3 +13,6 @@ class DecodeFailure(Exception):  # noqa: N818 - becomes a row
     def __init__(self, status: Status, message: str) -> None:
         super().__init__(" ".join(message.split()))
         self.status = status
+
+    def __reduce__(self) -> tuple[type["DecodeFailure"], tuple[Status, str]]:
+        return type(self), (self.status, str(self))

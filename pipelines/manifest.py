@@ -20,9 +20,10 @@ def clip_id(video: str, size_bytes: int, version: str, start_s: float, end_s: fl
 
 def plan_video(video: Video, plan: ClipPlan) -> list[PlannedClip]:
     """Probe a video and cut it into clips; one that cannot be probed is one clip of an empty span, with the reason."""
-    size_bytes, version = 0, ""
+    size_bytes, version = video.size_bytes, video.version
     try:
-        size_bytes, version = file_identity(video.uri)
+        if not (size_bytes and version):  # an empty file fails here
+            size_bytes, version = file_identity(video.uri)
         info = probe(video.uri)
         spans, status, error = plan.spans(info.duration_s), Status.OK, ""
     except DecodeFailure as failure:
@@ -30,8 +31,8 @@ def plan_video(video: Video, plan: ClipPlan) -> list[PlannedClip]:
         spans, status, error = [(0.0, 0.0)], failure.status, str(failure)
     return [
         PlannedClip(
-            clip_id=clip_id(video.uri, size_bytes, version, start_s, end_s),
-            video=video.uri,
+            clip_id=clip_id(video.address, size_bytes, version, start_s, end_s),
+            video=video.address,
             start_s=start_s,
             end_s=end_s,
             label=video.label,

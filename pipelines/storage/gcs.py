@@ -28,7 +28,7 @@ def fetch(uri: str, start: int, length: int) -> Piece:
     bucket, key = bucket_and_key(uri)
     url = f"{_objects(bucket)}/{quote(key, safe='')}?alt=media"
     try:
-        return get_range(_session(os.getpid()), url, start, length)
+        return get_range(_session(os.getpid()), url, start, length, ["X-Goog-Generation"])
     except google.auth.exceptions.GoogleAuthError as error:
         raise _unauthorized(error) from None
 
@@ -44,14 +44,14 @@ def listing(prefix: str) -> Iterator[Listed]:
     while True:
         page = retried(functools.partial(_page, bucket, key, token))
         for found in page.get("items", ()):
-            yield Listed(f"gs://{bucket}/{found['name']}", int(found["size"]), found["etag"].strip('"'))
+            yield Listed(f"gs://{bucket}/{found['name']}", int(found["size"]), found["generation"])
         token = page.get("nextPageToken", "")
         if not token:
             return
 
 
 def _page(bucket: str, prefix: str, token: str) -> dict[str, Any]:
-    fields = {"prefix": prefix, "pageToken": token, "fields": "nextPageToken,items(name,size,etag)"}
+    fields = {"prefix": prefix, "pageToken": token, "fields": "nextPageToken,items(name,size,generation)"}
     try:
         response = _session(os.getpid()).get(_objects(bucket), params=fields, timeout=(CONNECT_S, STALL_S))
         if response.status_code != 200:

@@ -3,7 +3,7 @@
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import requests
 import urllib3.exceptions
@@ -40,10 +40,19 @@ def _session(pid: int) -> requests.Session:
     return requests.Session()
 
 
-def get_range(session: requests.Session, url: str, start: int, length: int) -> Piece:
+def get_range(
+    session: requests.Session, url: str, start: int, length: int, tags: Sequence[str] = ("ETag", "Last-Modified")
+) -> Piece:
     """Get bytes [start, start + length).
 
     No message holds the address: it may be signed.
+
+    Args:
+        session: Connections.
+        url: With its signature.
+        start: First byte.
+        length: How many.
+        tags: Headers that tell the version, the first that is there.
 
     Raises:
         StorageFailure: There are none.
@@ -51,7 +60,7 @@ def get_range(session: requests.Session, url: str, start: int, length: int) -> P
     headers = {"Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity"}
     try:
         with session.get(url, headers=headers, stream=True, timeout=(CONNECT_S, STALL_S)) as response:
-            return _piece(response, start, length)
+            return _piece(response, start, length, tags)
     except (requests.Timeout, urllib3.exceptions.TimeoutError):
         raise StorageFailure(Status.TIMEOUT, "the server does not answer in time", transient=True) from None
     except (requests.ConnectionError, urllib3.exceptions.HTTPError):
@@ -60,9 +69,8 @@ def get_range(session: requests.Session, url: str, start: int, length: int) -> P
         raise StorageFailure(Status.MISSING, f"the address cannot be used: {type(error).__name__}") from None
 
 
-def _piece(response: requests.Response, start: int, length: int) -> Piece:
-    version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-    version = version.removeprefix("W/").strip('"')
+def _piece(response: requests.Response, start: int, length: int, tags: Sequence[str]) -> Piece:
+    version = next(filter(None, map(response.headers.get, tags)), "").removeprefix("W/").strip('"')
     total = response.headers.get("Content-Range", "").rpartition("/")[2]
     if response.status_code == 416 and total.isdecimal():
         return Piece(b"", int(total), version)

@@ -1,6 +1,5 @@
 """Remote files against the same files on disk: what is read, how much is asked for, and what becomes of failures."""
 
-import base64
 import io
 import json
 import re
@@ -296,13 +295,15 @@ class _Gcs(BaseHTTPRequestHandler):
         else:
             (prefix,), token = query["prefix"], int(query.get("pageToken", ["0"])[0])
             names = [name for name in names if name.startswith(prefix)]
-            items = [{"name": n, "size": str(len(OBJECTS[n])), "etag": tag(n)} for n in names[token : token + 1]]
+            items = [{"name": n, "size": str(len(OBJECTS[n])), "generation": tag(n)} for n in names[token : token + 1]]
             more = {"nextPageToken": str(token + 1)} if token + 1 < len(names) else {}
             self._send(200, json_bytes({"items": items} | more), {}, "")
 
     def _send(self, code: int, body: bytes, headers: dict[str, str], key: str) -> None:
         self.send_response(code)
-        for name, value in (headers | {"Content-Length": str(len(body)), "ETag": tag(key)}).items():
+        for name, value in (
+            headers | {"Content-Length": str(len(body)), "X-Goog-Generation": tag(key), "ETag": "x"}
+        ).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -312,7 +313,7 @@ class _Gcs(BaseHTTPRequestHandler):
 
 
 def tag(name: str) -> str:
-    return base64.b64encode(name.encode()).decode()
+    return str(len(name))
 
 
 def json_bytes(value: object) -> bytes:
