@@ -1,4 +1,4 @@
-"""The two graphs of Ray Data: videos -> manifest, and manifest -> annotations."""
+"""The graphs of Ray Data: manifest -> annotations; and videos -> manifest where that is not kept."""
 
 import dataclasses
 import functools
@@ -15,16 +15,16 @@ from ray.data import ActorPoolStrategy, Dataset
 from mone.checkpoint import Checkpoint
 from mone.config import ModelConfig
 from mone.engine.choice import Engine
-from pipelines.archive import Video
-from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, write_remaining
+from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, withdraw, write_remaining
 from pipelines.manifest import plan_video
+from pipelines.planning import MANIFEST_DIR, manifest_table
 from pipelines.predict import Annotator
-from pipelines.schema import MANIFEST
+from pipelines.schema import DECODED, MANIFEST
+from pipelines.storage.signatures import UNSIGNED, Signatures
 from pipelines.timeline import ClipPlan
 from pipelines.tokenize import tokenize_table
+from pipelines.video import Video
 from pipelines.view import WHOLE_CLIPS, TokenOptions
-
-MANIFEST_DIR = "manifest"
 
 _VIDEOS = pa.schema(
     [
@@ -67,26 +67,27 @@ class Settings:
     engine: Engine = "auto"
 
 
-def write_manifest(videos: Iterable[Video], plan: ClipPlan, output: Path) -> None:
-    """Probe the videos in parallel and write DIR/manifest, which appears whole or not at all."""
-    partial = output / f"{MANIFEST_DIR}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    plan_stage(videos, plan).write_parquet(str(partial))
-    partial.rename(output / MANIFEST_DIR)
-
-
-def write_annotations(output: Path, checkpoint: Checkpoint, settings: Settings) -> None:
+def write_annotations(
+    output: Path, checkpoint: Checkpoint, settings: Settings, signatures: Signatures = UNSIGNED
+) -> None:
     """Annotate every clip of DIR/manifest that is not committed yet.
 
     Strictly one row out for one row in. Each file is committed whole, so a run that is killed at any moment continues
-    without a loss or a double.
+    without a loss or a double. Rows of clips that are planned no more, or of another model, are taken back first.
+
+    Args:
+        output: DIR.
+        checkpoint: The model.
+        settings: How.
+        signatures: What signed addresses are read with.
     """
     fence(output)
+    withdraw(output, output / MANIFEST_DIR, checkpoint.model_id)
     if not write_remaining(output, output / MANIFEST_DIR):
         return
     remaining = ray.data.read_parquet(str(output / REMAINING_DIR), schema=MANIFEST)
     annotated = model_stage(
-        tokenize_stage(remaining, checkpoint.config, settings.tokens),
+        tokenize_stage(remaining, checkpoint.config, settings.tokens, signatures),
         Annotator,
         (checkpoint, settings.capacity, settings.top_k, settings.engine),
         batch_size=settings.batch_size,
@@ -109,20 +110,26 @@ def plan_stage(videos: Iterable[Video], plan: ClipPlan) -> Dataset:
 
 
 def _plan_table(videos: pa.Table, plan: ClipPlan) -> pa.Table:
-    clips = [clip for row in videos.to_pylist() for clip in plan_video(Video(**row), plan)]
-    columns = {name: [getattr(clip, name) for clip in clips] for name in MANIFEST.names}
-    return pa.table(columns, schema=MANIFEST)
+    return manifest_table([clip for row in videos.to_pylist() for clip in plan_video(Video(**row), plan)])
 
 
-def tokenize_stage(manifest: Dataset, config: ModelConfig, options: TokenOptions) -> Dataset:
+def tokenize_stage(
+    manifest: Dataset, config: ModelConfig, options: TokenOptions, signatures: Signatures = UNSIGNED
+) -> Dataset:
     """MANIFEST rows -> DECODED rows, on CPUs."""
     return manifest.repartition(target_num_rows_per_block=_CLIPS_PER_TASK).map_batches(
-        functools.partial(tokenize_table, config=config, options=options),
+        functools.partial(_tokenize, config=config, options=options, signatures=signatures),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,  # both decoders run on one thread
         memory=DECODE_MEMORY_BYTES,
     )
+
+
+def _tokenize(manifest: pa.Table, config: ModelConfig, options: TokenOptions, signatures: Signatures) -> pa.Table:
+    """Tokenize with signed addresses in place of the public ones, which stand in what comes out."""
+    decoded, place = tokenize_table(signatures.sign_table(manifest), config, options), DECODED.get_field_index("video")
+    return decoded.set_column(place, DECODED.field(place), manifest["video"])
 
 
 def model_stage(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipelines.archive_remote import list_remote
 from pipelines.archive_table import TABLE_EXTENSIONS, list_table, local_path
-from pipelines.storage.address import extension, is_remote, public_address
+from pipelines.storage.address import extension, is_remote, is_web, public_address
 from pipelines.storage.signatures import UNSIGNED, Signatures
 from pipelines.video import ArchiveError, Video
 
@@ -69,7 +69,7 @@ def signatures_of(archive: str) -> Signatures:
     Raises:
         ArchiveError: As `list_videos`.
     """
-    may_be_signed = extension(archive) in TABLE_EXTENSIONS or is_remote(archive)
+    may_be_signed = extension(archive) in TABLE_EXTENSIONS or is_web(archive)
     return Signatures.of(video.uri for video in list_videos(archive)) if may_be_signed else UNSIGNED
 
 

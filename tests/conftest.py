@@ -46,8 +46,8 @@ def pytest_runtest_setup() -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """A Ray in this process, started once."""
+def ray_session(s3_server) -> Iterator[None]:
+    """A Ray in this process, started once; its workers know the S3 server."""
     import ray
     from ray.data import DataContext
 

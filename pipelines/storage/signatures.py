@@ -1,7 +1,6 @@
 """What signed addresses are read with. It comes from the user's list at every run, stays in memory, and is not stored.
 
-Of workers: a run of a million signed addresses hands them all of it, so it is two arrays, which Ray maps and does not
-copy.
+All of it goes to every worker, be it a million addresses: so it is two arrays, which Ray maps and does not copy.
 """
 
 from collections.abc import Iterable, Sequence
@@ -39,15 +38,21 @@ class Signatures:
 
     def sign(self, addresses: Sequence[str]) -> list[str]:
         """What to read the files at these public addresses with; those without a signature stand as they are."""
+        if not len(self):
+            return list(addresses)
         keys = np.array([hash64(address) for address in addresses], dtype=np.uint64)
-        places = np.searchsorted(self.keys_N, keys)
-        found = (
-            (places < len(self)) & (self.keys_N[np.minimum(places, len(self) - 1)] == keys) if len(self) else keys < 0
-        )
+        places = np.minimum(np.searchsorted(self.keys_N, keys), len(self) - 1)
+        found = self.keys_N[places] == keys
         return [
             self.signed[place].as_py() if known else address
             for address, place, known in zip(addresses, places.tolist(), found.tolist(), strict=True)
         ]
+
+    def sign_table(self, manifest: pa.Table) -> pa.Table:
+        """Rows with a column `video` to read the files with."""
+        place = manifest.schema.get_field_index("video")
+        signed = pa.array(self.sign(manifest["video"].to_pylist()), pa.string())
+        return manifest.set_column(place, manifest.schema.field(place), signed)
 
 
 UNSIGNED = Signatures.of(())

@@ -17,9 +17,9 @@ import jobs.annotate
 import jobs.audit
 import jobs.report
 from mone.compute import clip_compute
-from pipelines.annotate import MANIFEST_DIR
 from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.ledger import audit
+from pipelines.planning import MANIFEST_DIR
 from tests.conftest import NUM_CLIPS, NUM_VIDEOS, TINY, command_of, complaints, run_job
 
 pytestmark = pytest.mark.ray

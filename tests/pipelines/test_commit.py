@@ -11,7 +11,7 @@ import pytest
 
 import pipelines.clip_ids
 import pipelines.commit
-from pipelines.annotate import MANIFEST_DIR, Settings, write_annotations
+from pipelines.annotate import Settings, write_annotations
 from pipelines.archive import list_videos
 from pipelines.commit import (
     ANNOTATIONS_DIR,
@@ -24,6 +24,7 @@ from pipelines.commit import (
 )
 from pipelines.ledger import LedgerError, audit
 from pipelines.manifest import plan_video
+from pipelines.planning import MANIFEST_DIR
 from pipelines.predict import Annotator
 from pipelines.schema import ANNOTATIONS, MANIFEST
 from pipelines.timeline import ClipPlan
