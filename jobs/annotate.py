@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.archive_input import open_archive
 from jobs.cli import JobFailed, UserError, checking_input, run
 from jobs.cluster import connected
-from jobs.inputs import BUNDLED_MODEL, Archive, TokenArguments, load_model, make_output, open_archive
+from jobs.inputs import BUNDLED_MODEL, Archive, TokenArguments, load_model, make_output
 from jobs.plan_record import check_plan, write_plan
 from jobs.progress import clips_progress, videos_progress
 from jobs.run_record import read_run, timestamp, totals_record, versions, write_run

@@ -1,8 +1,6 @@
 """Options that several jobs share, and their checks: everything that can be wrong is found before any work."""
 
-import itertools
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +11,6 @@ import tyro
 from jobs.cli import UserError, checking_input
 from mone.checkpoint import Checkpoint, read_checkpoint
 from mone.config import ModelConfig
-from pipelines.archive import Video, list_videos, signatures_of
-from pipelines.storage.signatures import Signatures
 from pipelines.timeline import ClipPlan
 from pipelines.view import TokenOptions
 
@@ -68,17 +64,6 @@ class TokenArguments(ClipOptions):
         if options.drop_static is not None and model.reduces_tokens:
             raise UserError(f"--drop-static cannot be combined with a model of allocation {model.allocation!r}")
         return options
-
-
-def open_archive(archive: str) -> tuple[Iterator[Video], Signatures]:
-    """The videos of an archive as they are listed, of which the first is there; and what they are read with.
-
-    Raises:
-        UserError: Nothing there, or nothing that can be listed. (Later, while it goes on: ArchiveError.)
-    """
-    with checking_input():
-        videos = list_videos(archive)
-        return itertools.chain([next(videos)], videos), signatures_of(archive)
 
 
 def load_model(folder: str) -> Checkpoint:

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jobs.archive_input import open_archive
 from jobs.cli import UserError, checking_input, run
 from jobs.cluster import connected
 from jobs.estimate import estimate
-from jobs.inputs import BUNDLED_MODEL, Archive, ClipOptions, load_model, make_output, open_archive
+from jobs.inputs import BUNDLED_MODEL, Archive, ClipOptions, load_model, make_output
 from jobs.plan_record import write_plan
 from jobs.progress import videos_progress
 from mone.capacity import check_capacity
