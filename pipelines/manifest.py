@@ -60,6 +60,7 @@ def source_of(clip: PlannedClip) -> Source:
         height_px=clip.height_px,
         container=clip.container,
         codec=clip.codec,
+        duration_s=clip.duration_s,
     )
 
 
