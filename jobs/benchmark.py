@@ -15,11 +15,18 @@ from jobs.benchmarks.focus import Focus
 from jobs.benchmarks.model import ModelSpeed
 from jobs.benchmarks.precision import Precision
 from jobs.benchmarks.report import Benchmark, environment
+from jobs.benchmarks.scaling import Scaling
 from jobs.benchmarks.train import TrainSpeed
 from jobs.cli import run
 
 # NAME: its options. Nothing else is needed to add one.
-BENCHMARKS: dict[str, Any] = {"model": ModelSpeed, "train": TrainSpeed, "precision": Precision, "focus": Focus}
+BENCHMARKS: dict[str, Any] = {
+    "model": ModelSpeed,
+    "train": TrainSpeed,
+    "scaling": Scaling,
+    "precision": Precision,
+    "focus": Focus,
+}
 
 
 def benchmark(config: Benchmark) -> None:

@@ -10,6 +10,8 @@ from jobs.curve_record import CurveRecord
 from mone.baselines import METHODS
 from mone.curve import CurvePoint
 
+Members = list[tuple[CurveRecord, CurvePoint]]
+
 # Models of one table are of one size, but for their routers.
 _ROUTER_SHARE = 0.01
 
@@ -77,6 +79,9 @@ class Row:
         top1_min: Of the runs.
         top1_max: Of the runs.
         top1_std: Sample standard deviation over the runs; None of one.
+        above_dense: Mean over the runs of the difference to dense training of the same fold, seed and, the longest,
+            epochs: what differs between folds cancels. None where there is no such run.
+        above_dense_error: Its standard error; None of one run.
         nll: Cross-entropy in nats.
         num_clips: Clips that it was measured on, of all folds together.
         num_runs: How many there are.
@@ -93,6 +98,8 @@ class Row:
     top1_min: float
     top1_max: float
     top1_std: float | None
+    above_dense: float | None
+    above_dense_error: float | None
     nll: float
     num_clips: int
     num_runs: int
@@ -112,7 +119,7 @@ def rows_of(records: Iterable[CurveRecord]) -> list[Row]:
     Raises:
         ValueError: Runs that do not belong into one table: a seed twice, or runs of one row that differ in more.
     """
-    groups: defaultdict[tuple[Series, float], list[tuple[CurveRecord, CurvePoint]]] = defaultdict(list)
+    groups: defaultdict[tuple[Series, float], Members] = defaultdict(list)
     for record in sorted_records(records):
         for point in record.points:
             if record.capacity not in (None, point.capacity):
@@ -128,7 +135,11 @@ def rows_of(records: Iterable[CurveRecord]) -> list[Row]:
             )
             groups[series, point.capacity].append((record, point))
     keys = sorted(groups, key=lambda key: (*key[0].order(), key[1]))
-    rows = [_row(*key, groups[key]) for key in keys]
+    dense: dict[tuple[str, str], Members] = {}
+    for series, capacity in keys:  # the longest training comes first
+        if series.is_dense:
+            dense.setdefault(series[:2], groups[series, capacity])
+    rows = [_row(*key, groups[key], dense.get(key[0][:2], [])) for key in keys]
     for row in rows:
         first = next(other for other in rows if other.series[:2] == row.series[:2])
         where = f"{row.series.data}, {row.series.split}"
@@ -151,13 +162,15 @@ def sorted_records(records: Iterable[CurveRecord]) -> list[CurveRecord]:
     )
 
 
-def _row(series: Series, capacity: float, members: list[tuple[CurveRecord, CurvePoint]]) -> Row:
+def _row(series: Series, capacity: float, members: Members, dense: Members) -> Row:
     records, points = zip(*members, strict=True)
     where = f"{series.name} at capacity {capacity:.3g} after {series.epochs} epochs"
     folds = {fold: _fold(where, fold, members) for fold in sorted({record.fold for record in records})}
     _agree(where, "recipe", [record.recipe for record in records])
     _agree(where, "dense_flops_per_clip", [point.dense_flops_per_clip for point in points])
     top1 = [point.top1 for point in points]
+    beside = {(record.fold, record.seed): point.top1 for record, point in dense}
+    above = [point.top1 - beside[place] for record, point in members if (place := (record.fold, record.seed)) in beside]
     return Row(
         series=series,
         capacity=capacity,
@@ -167,6 +180,8 @@ def _row(series: Series, capacity: float, members: list[tuple[CurveRecord, Curve
         top1_min=min(top1),
         top1_max=max(top1),
         top1_std=statistics.stdev(top1) if len(top1) > 1 else None,
+        above_dense=statistics.fmean(above) if above else None,
+        above_dense_error=statistics.stdev(above) / len(above) ** 0.5 if len(above) > 1 else None,
         nll=statistics.fmean(point.nll for point in points),
         num_clips=sum(folds.values()),
         num_runs=len(records),
@@ -176,7 +191,7 @@ def _row(series: Series, capacity: float, members: list[tuple[CurveRecord, Curve
     )
 
 
-def _fold(where: str, fold: str, members: Sequence[tuple[CurveRecord, CurvePoint]]) -> int:
+def _fold(where: str, fold: str, members: Members) -> int:
     """Clips that the runs of a fold were measured on."""
     own = [(record, point) for record, point in members if record.fold == fold]
     seeds = [record.seed for record, _ in own]
@@ -202,15 +217,24 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "top-1 %": lambda row: f"{100 * row.top1:.1f}",
     "min..max": lambda row: f"{100 * row.top1_min:.1f}..{100 * row.top1_max:.1f}" if row.top1_std is not None else "",
     "std": lambda row: "" if row.top1_std is None else f"{100 * row.top1_std:.2f}",
+    "above dense": lambda row: _difference(row),
     "runs": lambda row: f"{row.num_runs}",
     "epochs": lambda row: f"{row.series.epochs}",
     "training EFLOP": lambda row: f"{row.train_flops / 1e18:.3g}",
 }
 _NOTES = (
     "top-1: mean over the runs (seeds, of every fold), with its smallest and largest value and the sample standard"
-    " deviation. GFLOP/clip: 1e9 floating-point operations of a forward pass, two per multiply-add, from formulas;"
+    " deviation. above dense: mean difference in points to dense training of the same fold and seed, and its standard"
+    " error. GFLOP/clip: 1e9 floating-point operations of a forward pass, two per multiply-add, from formulas;"
     " training EFLOP: 1e18 of all steps of one run, three forward passes each.\n"
 )
+
+
+def _difference(row: Row) -> str:
+    if row.above_dense is None:
+        return ""
+    error = "" if row.above_dense_error is None else f" ± {100 * row.above_dense_error:.1f}"
+    return f"{100 * row.above_dense:+.1f}{error}"
 
 
 def markdown(rows: Sequence[Row]) -> str:

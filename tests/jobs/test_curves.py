@@ -90,10 +90,27 @@ def test_a_row_is_the_mean_and_the_spread_of_its_seeds():
         "top-1 %": "53.0",
         "min..max": "50.0..56.0",
         "std": "3.00",
+        "above dense": "",
         "runs": "3",
         "epochs": "40",
         "training EFLOP": "2.6",
     }
+
+
+def test_the_difference_to_dense_is_between_runs_of_one_fold_and_seed():
+    dense = {("a", 0): 0.5, ("a", 1): 0.6, ("b", 0): 0.9}
+    mone = {("a", 0): 0.52, ("a", 1): 0.61, ("b", 0): 0.93, ("b", 1): 0.2}  # the last has no dense run beside it
+    short = dict.fromkeys(dense, 0.1)  # dense of fewer epochs is not what is compared with
+    records = [
+        dataclasses.replace(some_record(method, seed, points=[some_point(method, top1=top1)]), fold=fold, epochs=epochs)
+        for method, epochs, runs in (("dense", 40, dense), ("mone", 40, mone), ("dense", 20, short))
+        for (fold, seed), top1 in runs.items()
+    ]
+    own, shorter, other = rows_of(records)
+    assert own.above_dense == 0 and other.above_dense == pytest.approx(0.02)
+    assert other.above_dense_error == pytest.approx(statistics.stdev([0.02, 0.01, 0.03]) / 3**0.5)
+    assert shorter.above_dense == pytest.approx(0.3 / 3 - 2.0 / 3)
+    assert cells_of(markdown([other]))[0]["above dense"] == "+2.0 ± 0.6"
 
 
 def test_one_seed_has_no_spread():

@@ -19,7 +19,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Tiling(NamedTuple):
-    """Sizes of a tile, and how a program runs: warps, stages of loads in flight, programs on a processor."""
+    """Sizes of a tile, and how a program runs: warps, stages of loads in flight, programs on a processor.
+
+    With `flatten` the loads of the next tile are in flight while a tile is finished; with `halves` a tile is finished
+    one half of its columns after the other, which takes half the room.
+    """
 
     rows: int = 128
     columns: int = 128
@@ -27,6 +31,8 @@ class Tiling(NamedTuple):
     warps: int = 8
     stages: int = 3
     programs: int = 1
+    flatten: bool = False
+    halves: bool = False
 
 
 @triton.jit
@@ -45,6 +51,24 @@ def gelu_tanh(x):
     return x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
 
 
+@triton.jit
+def _finish(
+    sums, out_desc, bias_ptr, gain_ptr, row, column, num_columns,
+    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, GAIN: tl.constexpr,
+):  # fmt: skip
+    columns = column + tl.arange(0, BLOCK_O)
+    sums += tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION == "gelu":
+        sums = gelu_exact(sums)
+    if ACTIVATION == "gelu_tanh":
+        sums = gelu_tanh(sums)
+    if GAIN:
+        sums *= tl.load(gain_ptr + row + tl.arange(0, BLOCK_R))[:, None]
+    if RESIDUAL:
+        sums += out_desc.load([row, column]).to(tl.float32)
+    out_desc.store([row, column], sums.to(out_desc.dtype))
+
+
 @triton.jit(do_not_specialize=["num_tiles"])
 def _grouped_gemm(
     rows_desc,
@@ -61,8 +85,10 @@ def _grouped_gemm(
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GAIN: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    HALVES: tl.constexpr,
 ):
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
         row = tl.load(tiles_ptr + 3 * tile)
         column = tl.load(tiles_ptr + 3 * tile + 1)
         inner = tl.load(tiles_ptr + 3 * tile + 2)
@@ -71,17 +97,21 @@ def _grouped_gemm(
             left = rows_desc.load([row, start])
             right = weight_desc.load([column, start])
             sums = tl.dot(left, right.T, sums)
-        columns = column + tl.arange(0, BLOCK_O)
-        sums += tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
-        if ACTIVATION == "gelu":
-            sums = gelu_exact(sums)
-        if ACTIVATION == "gelu_tanh":
-            sums = gelu_tanh(sums)
-        if GAIN:
-            sums *= tl.load(gain_ptr + row + tl.arange(0, BLOCK_R))[:, None]
-        if RESIDUAL:
-            sums += out_desc.load([row, column]).to(tl.float32)
-        out_desc.store([row, column], sums.to(out_desc.dtype))
+        if HALVES:
+            left, right = tl.split(tl.permute(tl.reshape(sums, (BLOCK_R, 2, BLOCK_O // 2)), (0, 2, 1)))
+            _finish(
+                left, out_desc, bias_ptr, gain_ptr, row, column, num_columns,
+                BLOCK_R, BLOCK_O // 2, ACTIVATION, RESIDUAL, GAIN,
+            )  # fmt: skip
+            _finish(
+                right, out_desc, bias_ptr, gain_ptr, row, column + BLOCK_O // 2, num_columns,
+                BLOCK_R, BLOCK_O // 2, ACTIVATION, RESIDUAL, GAIN,
+            )  # fmt: skip
+        else:
+            _finish(
+                sums, out_desc, bias_ptr, gain_ptr, row, column, num_columns,
+                BLOCK_R, BLOCK_O, ACTIVATION, RESIDUAL, GAIN,
+            )  # fmt: skip
 
 
 def grouped_gemm(
@@ -116,7 +146,7 @@ def grouped_gemm(
     _grouped_gemm[grid](
         TensorDescriptor.from_tensor(rows_RI, [tiling.rows, tiling.inner]),
         TensorDescriptor.from_tensor(weight_OI, [tiling.columns, tiling.inner]),
-        TensorDescriptor.from_tensor(out_RO, [tiling.rows, tiling.columns]),
+        TensorDescriptor.from_tensor(out_RO, [tiling.rows, tiling.columns // (1 + tiling.halves)]),
         bias_O,
         bias_O if gain_R is None else gain_R,
         tiles_J3,
@@ -128,6 +158,8 @@ def grouped_gemm(
         ACTIVATION=activation,
         RESIDUAL=residual,
         GAIN=gain_R is not None,
+        FLATTEN=tiling.flatten,
+        HALVES=tiling.halves,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
