@@ -106,15 +106,12 @@ def _signatures(archive: str) -> Signatures:
 
 def _choose(folder: Path, count: int) -> list[tuple[PlannedClip, dict[str, Any]]]:
     """Clips spread evenly over the rows that are ok, sorted by video."""
-    rows = pa.concat_tables(read_columns(folder / ANNOTATIONS_DIR, ["clip_id", "status", "video"], ANNOTATIONS))
-    ok = sorted(
-        (video, id_)
-        for id_, status, video in zip(*(column.to_pylist() for column in rows.columns), strict=True)
-        if status == Status.OK
-    )
-    if not ok or not count:
+    tables = read_columns(folder / ANNOTATIONS_DIR, ["clip_id", "status", "video"], ANNOTATIONS)
+    ok = pa.concat_tables(table.filter(pc.field("status") == Status.OK.value) for table in tables)
+    if not len(ok) or not count:
         return []
-    wanted = [ok[index][1] for index in np.unique(np.linspace(0, len(ok) - 1, count).round().astype(int))]
+    places = np.unique(np.linspace(0, len(ok) - 1, count).round().astype(int))
+    wanted = ok.sort_by([("video", "ascending"), ("clip_id", "ascending")])["clip_id"].take(places).to_pylist()
     planned = _rows_by_id(folder / MANIFEST_DIR, MANIFEST, wanted)
     annotated = _rows_by_id(folder / ANNOTATIONS_DIR, ANNOTATIONS, wanted)
     return [(PlannedClip(**planned[id_]), annotated[id_]) for id_ in wanted]

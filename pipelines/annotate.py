@@ -83,8 +83,13 @@ def write_annotations(
     """
     fence(output)
     withdraw(output, output / MANIFEST_DIR, checkpoint.model_id)
-    if not write_remaining(output, output / MANIFEST_DIR):
-        return
+    if write_remaining(output, output / MANIFEST_DIR):
+        _annotate_remaining(output, checkpoint, settings, signatures)
+    fence(output)
+    shutil.rmtree(output / REMAINING_DIR, ignore_errors=True)
+
+
+def _annotate_remaining(output: Path, checkpoint: Checkpoint, settings: Settings, signatures: Signatures) -> None:
     remaining = ray.data.read_parquet(str(output / REMAINING_DIR), schema=MANIFEST)
     annotated = model_stage(
         tokenize_stage(remaining, checkpoint.config, settings.tokens, signatures),
@@ -94,8 +99,6 @@ def write_annotations(
         num_workers=settings.num_model_workers,
     )
     annotated.write_datasink(CommittedFiles(output), ray_remote_args={"num_cpus": _WRITE_CPUS})
-    fence(output)
-    shutil.rmtree(output / REMAINING_DIR)
 
 
 def plan_stage(videos: Iterable[Video], plan: ClipPlan) -> Dataset:

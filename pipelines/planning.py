@@ -66,6 +66,7 @@ def write_manifest(
         _drop_outdated(output, folder, now)
     if is_new:
         folder.rename(output / MANIFEST_DIR)
+    fence(output)
 
 
 def _in_tasks(

@@ -39,7 +39,7 @@ def plan(archive: Path | str | list[Video], output: Path) -> int:
     counts = []
     videos = archive if isinstance(archive, list) else list_videos(str(archive))
     write_manifest(videos, PLAN, output, counts.append)
-    assert not (output / PARTIAL_DIR).exists() and not list(output.glob(f"{STAGING_DIR}-*"))
+    assert not (output / PARTIAL_DIR).exists() and not list(output.glob(f"{STAGING_DIR}*"))
     return sum(counts)
 
 
