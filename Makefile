@@ -1,6 +1,7 @@
 # make demo   annotate the bundled clips with the bundled model and write a report
 # make test   run the default test suite
 # make lint   ruff, pyright, import-linter
+# make figures  tables and plots of docs/results from the runs recorded there, and docs/mone.svg
 # make clean  remove what these made (not .venv)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 DEMO := demo-output
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format clean lock
+.PHONY: demo test lint format figures clean lock
 
 demo: $(INSTALLED)
 	rm -rf $(DEMO)
@@ -29,6 +30,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+figures: $(INSTALLED)
+	for set in docs/results/*/; do $(BIN)/python -m jobs.curves $$set/curves.json --output $$set > /dev/null; done
+	$(BIN)/python -m docs.figure
 
 # torch is pinned by version, not by flavour: pip's own settings choose CPU, CUDA or ROCm builds.
 $(INSTALLED): pyproject.toml constraints.txt

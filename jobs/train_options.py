@@ -70,6 +70,8 @@ class Train:
     """"cuda", "cpu"; default the GPU where there is one. Without --num-workers."""
     engine: Engine = "auto"
     """Code that runs the model's blocks, "reference" being the plainest; all compute the same (docs/performance.md)."""
+    cuda_graphs: bool = True
+    """On one GPU, repeat steps from CUDA graphs: the same steps, with less work for the host."""
     log_samples: bool = False
     """Write down which samples each step saw, in DIR/samples."""
     address: str = ""

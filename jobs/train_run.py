@@ -44,6 +44,7 @@ def prepare(config: Train) -> tuple[int | tuple[int, int], TrainJob, TrainingDat
         checkpoint_every=config.checkpoint_every,
         log_samples=config.log_samples,
         engine=config.engine,
+        cuda_graphs=config.cuda_graphs,
     )
     return workers, job, data
 

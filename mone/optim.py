@@ -13,9 +13,11 @@ from mone.stages import TrainConfig
 def make_optimizer(model: ViViT, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser of a run; each group's "lr_scale" is its share of the step's learning rate."""
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
+    # On a GPU a step of all parameters is a few kernels, which read and write each number once.
+    fused = all(parameter.is_cuda for parameter in model.parameters()) or None
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas)
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=fused)
 
 
 def parameter_groups(model: ViViT, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ Shapes: B clips, T frames, H x W pixels, C = 3 channels or C classes.
 
 import contextlib
 import copy
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ from torch.distributed.tensor import DTensor
 from mone.augment import augment, centre, mix
 from mone.clips import Batch, ClipSource
 from mone.compute import training_flops
+from mone.config import ModelConfig
+from mone.engine.step_graphs import GraphRecorder, ReplayedGradients
 from mone.model import ViViT
 from mone.optim import make_optimizer, schedule
 from mone.order import EpochOrder
@@ -86,10 +89,19 @@ class DivergedError(RuntimeError):
 class Trainer:
     """A model with its optimiser and its place in the run."""
 
-    def __init__(self, model: ViViT, config: TrainConfig, num_samples: int, parallel: Parallel) -> None:
-        """Place the model on its device; all workers must hold the same weights."""
+    def __init__(
+        self, model: ViViT, config: TrainConfig, num_samples: int, parallel: Parallel, *, cuda_graphs: bool = True
+    ) -> None:
+        """Place the model on its device; all workers must hold the same weights.
+
+        With cuda_graphs, a worker that is alone on a GPU repeats its steps from recordings (`mone.engine.step_graphs`).
+        """
         self.config, self.parallel = config, parallel
         self.module, self.model = parallel.wrap(model, bf16=config.bf16), model
+        self._backward = functools.partial(_backward, self.module, model.config, config)
+        if cuda_graphs and parallel.device.type == "cuda" and self.module is model and parallel.strategy == "ddp":
+            recorder = GraphRecorder(parallel.device)
+            self._backward = ReplayedGradients(self._backward, list(model.parameters()), recorder)
         self.optimizer = make_optimizer(model, config)
         self.average = [parameter.detach().clone() for parameter in model.parameters()]
         self.order, self.num_samples = EpochOrder(num_samples, config.seed), num_samples
@@ -146,15 +158,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for index, (frames_BTHWC, targets_BC) in enumerate(chunks):
             with self.parallel.accumulating(self.module, more=index + 1 < len(chunks)):
-                logits_BC = self._logits(frames_BTHWC, counts)
-                losses_B = F.cross_entropy(
-                    logits_BC, targets_BC, label_smoothing=config.label_smoothing, reduction="none"
-                )
-                weight_B = targets_BC.sum(dim=-1)  # 0 for what only keeps the workers in step
-                loss = (losses_B * weight_B).sum()
-                (loss * (self.parallel.world / total)).backward()
-            right = (logits_BC.argmax(-1) == targets_BC.argmax(-1)) * weight_B
-            self._sums += torch.stack([loss.detach(), right.sum(), weight_B.sum()])
+                self._sums += self._backward(counts, frames_BTHWC, targets_BC, self.parallel.world / total)
         self._grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
         self.optimizer.step()
         self.model.encoder.project_alphas()
@@ -181,10 +185,6 @@ class Trainer:
             else (frames.new_zeros(1, *shape), targets.new_zeros(1, targets.shape[1]))
             for start in range(0, most, micro)
         ]
-
-    def _logits(self, frames_BTHWC: Tensor, counts: tuple[int, ...]) -> Tensor:
-        with autocast(self.parallel.device, self.config.bf16):
-            return self.module(self._patches(frames_BTHWC), counts=counts).logits_BC.float()
 
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
@@ -328,6 +328,26 @@ class Trainer:
             set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_LOADED_MOMENTS)
         self.place, self.trained_flops = Place(*state["place"]), state["trained_flops"]
         self._lowest_loss = state["lowest_loss"]
+
+
+def _backward(
+    module: nn.Module,
+    sizes: ModelConfig,
+    config: TrainConfig,
+    counts: tuple[int, ...],
+    frames_BTHWC: Tensor,
+    targets_BC: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """Add the gradients of clips, times a factor; returns sums of loss, right answers and clips, float32 [3]."""
+    with autocast(frames_BTHWC.device, config.bf16):
+        logits_BC = module(to_patches(frames_BTHWC, sizes), counts=counts).logits_BC.float()
+    losses_B = F.cross_entropy(logits_BC, targets_BC, label_smoothing=config.label_smoothing, reduction="none")
+    weight_B = targets_BC.sum(dim=-1)  # 0 for what only keeps the workers in step
+    loss = (losses_B * weight_B).sum()
+    (loss * scale).backward()
+    right = (logits_BC.argmax(-1) == targets_BC.argmax(-1)) * weight_B
+    return torch.stack([loss.detach(), right.sum(), weight_B.sum()])
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:

@@ -43,6 +43,7 @@ class TrainJob:
         log_every: Steps between lines of metrics.
         log_samples: Write down which samples each step saw.
         engine: Which code runs the model's blocks.
+        cuda_graphs: Repeat steps from CUDA graphs, where there is one GPU.
     """
 
     model: ModelConfig
@@ -57,6 +58,7 @@ class TrainJob:
     log_every: int = 20
     log_samples: bool = False
     engine: Engine = "auto"
+    cuda_graphs: bool = True
 
 
 class Link(Protocol):
@@ -93,7 +95,7 @@ def train_loop(job: TrainJob, sources: Sources, parallel: Parallel, link: Link) 
     Raises:
         DivergedError: The loss is not a number or has grown; the last checkpoint is from before.
     """
-    trainer = Trainer(new_model(job), job.train, len(sources.train), parallel)
+    trainer = Trainer(new_model(job), job.train, len(sources.train), parallel, cuda_graphs=job.cuda_graphs)
     if state := link.latest():
         trainer.load(state)
     samples = _SampleLog(job, parallel)

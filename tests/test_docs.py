@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from docs.figure import make_figure
+from jobs.curve_record import read_records
+from jobs.curve_rows import markdown, rows_of
 from mone.baselines import METHODS, capacities_of
 from mone.capacity import expert_shares
 from mone.compute import clip_compute
@@ -16,7 +18,7 @@ from mone.engine.roofline import block_parts
 from mone.nested import segments_of
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs/mone.md", ROOT / "docs/performance.md"]
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("mone.md", "performance.md", "results.md"))]
 TEXT = DOCUMENTS[1].read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
@@ -35,6 +37,15 @@ def test_every_relative_link_and_every_file_named_exists(document):
     assert links and named
     missing = [link for link in links if not (document.parent / link).exists()]
     assert missing + [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("name", ["motions", "ucf101_5", "scfd_fight"])
+def test_tables_of_results_are_those_of_their_runs(name):
+    folder = ROOT / "docs/results" / name
+    rows = rows_of(read_records(folder / "curves.json"))
+    assert (folder / "curves.md").read_text() == markdown(rows)
+    assert {row.series.method for row in rows} >= {"dense", "mone", "random_router"}
+    assert min(row.num_runs for row in rows) >= 3
 
 
 def test_shares_counts_and_costs_are_those_of_the_code():

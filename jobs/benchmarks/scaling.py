@@ -28,11 +28,12 @@ _LINES, _LINES_SKIPPED = 12, 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scaling:
-    """Train one epoch with each number of workers, the batch growing with them, and compare clips a second.
+    """Train as many steps with each number of workers, the batch growing with them, and compare clips a second.
 
-    All videos are decoded into a cache first; every run reads the same clips from it, through Ray Train and NCCL (gloo
-    on CPUs). An interval is a tenth of an epoch; the first ones are left out. "efficiency" is clips a second for each
-    worker, over those of the first row. "wait" is the share of the time in which the first worker waited for clips.
+    All videos are decoded into a cache first; every run reads the same clips from it, as many epochs as it has workers,
+    through Ray Train and NCCL (gloo on CPUs). An interval is a twelfth of a run; the first two are left out.
+    "efficiency" is clips a second for each worker, over those of the first row. "wait" is the share of the time in
+    which the first worker waited for clips.
 
     python -m jobs.benchmark scaling --data LABELLED --preset base --workers 1 2 --batch-size 16
     """
@@ -98,8 +99,8 @@ class Scaling:
         model = with_method(preset(self.preset, num_classes=len(data.labels), **sizes), self.method)
         check_capacity(self.capacity, model.num_experts)
         routing = "dense" if self.method == "dense" else "mone"
-        stage = Stage(name="benchmark", epochs=1, routing=routing, capacities=(self.capacity,))
-        num_steps = len((data.videos or {}).get("train", ())) * self.clips_per_video // (workers * self.batch_size)
+        stage = Stage(name="benchmark", epochs=workers, routing=routing, capacities=(self.capacity,))
+        num_steps = len((data.videos or {}).get("train", ())) * self.clips_per_video // self.batch_size
         return TrainJob(
             model=model,
             train=TrainConfig(stages=(stage,), batch_size=workers * self.batch_size, bf16=True),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mone.blocks import MLP
 from mone.engine.projections import add_product
+from mone.engine.support import triton_runs
 
 # Of a processor's memory: a larger tensor of float32 is handed back by glibc as it is freed, and to get it again costs
 # as much as the product itself.
@@ -23,17 +24,17 @@ _RECOMPUTED_SHARE = 0.25
 
 
 def nested_mlp(mlp: MLP, inputs: list[Tensor]) -> list[Tensor]:
-    """FFN of each segment, [S, n, d] to [S, n, d]."""
-    weights = (mlp.up.weight, mlp.up.bias, mlp.down.weight, mlp.down.bias)
+    """FFN of each segment, [S, n, d] to [S, n, d], without the last bias."""
+    weights = (mlp.up.weight, mlp.up.bias, mlp.down.weight)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*weights, *inputs)):
         return list(_NestedMLP.apply(mlp.activation.approximate, *weights, *inputs))  # pyright: ignore[reportArgumentType]
-    up_HD, up_H, down_DH, down_D = (weight.to(inputs[0].dtype) for weight in weights)
+    up_HD, up_H, down_DH = (weight.to(inputs[0].dtype) for weight in weights)
     outputs = []
     for x_Snd in inputs:
         d, x_Rd = x_Snd.shape[-1], x_Snd.flatten(0, 1)
         rows = _CHUNK_BYTES // (len(up_H) * x_Rd.element_size()) if x_Rd.device.type == "cpu" else len(x_Rd)
         chunks = [
-            F.linear(_hidden(part_Rd, up_HD, up_H, mlp.activation.approximate), down_DH[:d], down_D[:d])
+            F.linear(_hidden(part_Rd, up_HD, up_H, mlp.activation.approximate), down_DH[:d])
             for part_Rd in x_Rd.split(max(1, rows))
         ]
         outputs.append((chunks[0] if len(chunks) == 1 else torch.cat(chunks)).view_as(x_Snd))
@@ -44,19 +45,33 @@ def _hidden(x_Rd: Tensor, up_HD: Tensor, up_H: Tensor, approximate: str) -> Tens
     return F.gelu(F.linear(x_Rd, up_HD[:, : x_Rd.shape[-1]], up_H), approximate=approximate)
 
 
+def _gelu_grad(
+    before_RH: Tensor, grad_RH: Tensor, approximate: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GELU again, the gradient of what went into it (given that of GELU, which is overwritten), and its sum [H]."""
+    if before_RH.numel() and dtype == torch.float32 and triton_runs(before_RH.device):
+        from mone.engine.kernels.gelu_grad import gelu_grad  # here: there may be no Triton
+
+        hidden_RH, sum_H = gelu_grad(before_RH, grad_RH, approximate)
+        return hidden_RH, grad_RH, sum_H
+    hidden_RH = F.gelu(before_RH, approximate=approximate)
+    grad_RH = torch.ops.aten.gelu_backward(grad_RH, before_RH, approximate=approximate)
+    return hidden_RH, grad_RH, grad_RH.sum(0, dtype=dtype)
+
+
 class _NestedMLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, approximate: str, up_HD: Tensor, up_H: Tensor, down_DH: Tensor, down_D: Tensor, *inputs: Tensor
+        ctx: Any, approximate: str, up_HD: Tensor, up_H: Tensor, down_DH: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.approximate, ctx.dtype = approximate, up_HD.dtype
-        up_HD, up_H, down_DH, down_D = (weight.to(inputs[0].dtype) for weight in (up_HD, up_H, down_DH, down_D))
+        up_HD, up_H, down_DH = (weight.to(inputs[0].dtype) for weight in (up_HD, up_H, down_DH))
         kept, outputs = [], []
         for x_Snd in inputs:
             d = x_Snd.shape[-1]
             before_SnH = F.linear(x_Snd, up_HD[:, :d], up_H)
-            kept.append(None if d <= _RECOMPUTED_SHARE * len(down_D) else before_SnH)
-            outputs.append(F.linear(F.gelu(before_SnH, approximate=approximate), down_DH[:d], down_D[:d]))
+            kept.append(None if d <= _RECOMPUTED_SHARE * len(down_DH) else before_SnH)
+            outputs.append(F.linear(F.gelu(before_SnH, approximate=approximate), down_DH[:d]))
         ctx.save_for_backward(up_HD, up_H, down_DH, *inputs, *kept)
         return tuple(outputs)
 
@@ -66,16 +81,13 @@ class _NestedMLP(torch.autograd.Function):
         up_grad_HD, down_grad_DH, up_grad_H = (
             torch.zeros_like(weight, dtype=ctx.dtype) for weight in (up_HD, down_DH, up_H)
         )
-        down_grad_D = down_grad_DH.new_zeros(len(down_DH))
         input_grads = []
         for x_Snd, before_SnH, grad_Snd in zip(saved[: len(grads)], saved[len(grads) :], grads, strict=True):
             d, x_Rd, grad_Rd = x_Snd.shape[-1], x_Snd.flatten(0, 1), grad_Snd.reshape(-1, x_Snd.shape[-1])
             before_RH = F.linear(x_Rd, up_HD[:, :d], up_H) if before_SnH is None else before_SnH.flatten(0, 1)
-            add_product(down_grad_DH[:d], grad_Rd, F.gelu(before_RH, approximate=ctx.approximate))
-            down_grad_D[:d] += grad_Rd.sum(0, dtype=ctx.dtype)
-            hidden_grad_RH = grad_Rd @ down_DH[:d]
-            before_grad_RH = torch.ops.aten.gelu_backward(hidden_grad_RH, before_RH, approximate=ctx.approximate)
+            hidden_RH, before_grad_RH, sum_H = _gelu_grad(before_RH, grad_Rd @ down_DH[:d], ctx.approximate, ctx.dtype)
+            add_product(down_grad_DH[:d], grad_Rd, hidden_RH)
             add_product(up_grad_HD[:, :d], before_grad_RH, x_Rd)
-            up_grad_H += before_grad_RH.sum(0, dtype=ctx.dtype)
+            up_grad_H += sum_H
             input_grads.append((before_grad_RH @ up_HD[:, :d]).view_as(x_Snd))
-        return None, up_grad_HD, up_grad_H, down_grad_DH, down_grad_D, *input_grads
+        return None, up_grad_HD, up_grad_H, down_grad_DH, *input_grads

@@ -8,10 +8,10 @@ squares have:
 
 where h is the head of d features and t the tail of t = D - d. Only the head is normalised: nobody reads the rest.
 
-Shapes: S sequences, n tokens, d features of the head.
+Shapes: S sequences, n tokens, d features of the head, R rows (tokens of segment after segment).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +24,69 @@ from mone.engine.support import triton_runs
 _TINY = 1e-12
 
 
+class Branch(NamedTuple):
+    """The output of attention or MLP that is still to be added to the residual stream.
+
+    Attributes:
+        outputs: For each segment [S, n, d].
+        bias_D: Of the projection that made them, to be added to them first; None: it has been.
+        factor_R: float32 or wider. Of each token; None: 1.
+    """
+
+    outputs: list[Tensor]
+    bias_D: Tensor | None
+    factor_R: Tensor | None
+
+    def biased(self) -> list[Tensor]:
+        """Outputs with the bias, of which each has its first features."""
+        if self.bias_D is None:
+            return self.outputs
+        return [output + self.bias_D[: output.shape[-1]].to(output.dtype) for output in self.outputs]
+
+    def added_to(self, heads: list[Tensor]) -> list[Tensor]:
+        """The stream [S, n, d] of each segment after the branch."""
+        outputs = self.biased()
+        if self.factor_R is not None:
+            factors = self.factor_R.split([head.shape[0] * head.shape[1] for head in heads])
+            outputs = [
+                output * factor.view(*output.shape[:2], 1) for output, factor in zip(outputs, factors, strict=True)
+            ]
+        return [head + output.to(head.dtype) for head, output in zip(heads, outputs, strict=True)]
+
+
+def add_and_norm(
+    heads: list[Tensor], branch: Branch | None, tails: list[Tail | None], norm: nn.LayerNorm, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Add a branch to the stream, and normalise the sum.
+
+    Args:
+        heads: The residual stream of each segment [S, n, d].
+        branch: To be added; None: nothing.
+        tails: Of each segment.
+        norm: Over whole tokens.
+        dtype: Of what is normalised; sums are float32 at least.
+
+    Returns:
+        The stream after it, and the first d features of `norm` of whole tokens, [S, n, d] of each segment.
+    """
+    if heads[0].numel() and heads[0].dtype != torch.float64 and triton_runs(heads[0].device):
+        from mone.engine.kernels.add_norm import KernelAddNorm, Norm  # here: there may be no Triton
+
+        outputs, bias_D, factor_R = branch or ([None] * len(heads), None, None)
+        stats = ((None, None) if tail is None else tail[:2] for tail in tails)
+        means, spreads = zip(*stats, strict=True)
+        factor_R = None if factor_R is None else factor_R.float().contiguous()
+        arguments = (norm.weight, norm.bias, bias_D, factor_R, Norm(norm.eps, dtype))
+        found = list(KernelAddNorm.apply(*arguments, *heads, *outputs, *means, *spreads))  # pyright: ignore[reportArgumentType]
+        return (found[: len(heads)] if branch else heads), found[-len(heads) :]
+    heads = branch.added_to(heads) if branch else heads
+    return heads, [nested_norm(head, tail, norm, dtype) for head, tail in zip(heads, tails, strict=True)]
+
+
 def nested_norm(head_Snd: Tensor, tail: Tail | None, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
     """The first d features of `norm` of whole tokens, in the given dtype [S, n, d]; sums are float32 at least."""
-    width, dim = head_Snd.shape[-1], norm.normalized_shape[0]
+    width = head_Snd.shape[-1]
     weight_d, bias_d = norm.weight[:width], norm.bias[:width]
-    if head_Snd.numel() and head_Snd.dtype != torch.float64 and triton_runs(head_Snd.device):
-        from mone.engine.kernels.norm_grad import KernelNorm  # here: there may be no Triton
-
-        nothing_Sn1 = head_Snd.new_zeros((*head_Snd.shape[:2], 1), dtype=torch.float32)
-        stats = (nothing_Sn1, nothing_Sn1) if tail is None else tail[:2]
-        return KernelNorm.apply(head_Snd, *stats, weight_d, bias_d, dim, norm.eps, dtype)  # pyright: ignore[reportReturnType]
     if tail is not None:
         return _NestedNorm.apply(head_Snd, *tail, weight_d, bias_d, norm.eps, dtype)  # pyright: ignore[reportReturnType]
     wide = torch.promote_types(head_Snd.dtype, weight_d.dtype)

@@ -37,9 +37,8 @@ def test_a_run_says_how_much_of_the_device_it_uses(tmp_path, capsys):
 def test_a_step_never_waits_for_the_device(routing):
     stages = (Stage(name=routing, epochs=1, routing=routing),)
     torch.manual_seed(0)
-    trainer = Trainer(
-        ViViT(TINY), TrainConfig(stages=stages, batch_size=4, bf16=True), 12, Parallel(torch.device("cuda"))
-    )
+    config = TrainConfig(stages=stages, batch_size=4, bf16=True)
+    trainer = Trainer(ViViT(TINY), config, 12, Parallel(torch.device("cuda")), cuda_graphs=False)
     frames = torch.randint(0, 256, (12, TINY.num_frames, TINY.height_px, TINY.width_px, 3), dtype=torch.uint8)
     clips = MemoryClips(frames, torch.arange(12)).to("cuda")
     steps = trainer.run(clips)

@@ -55,7 +55,11 @@ def _tiny_recipe_on_one_cpu(monkeypatch, rendered):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_trained(tmp_path, monkeypatch, method):
     trainers = []
-    monkeypatch.setattr(pipelines.train_loop, "Trainer", lambda *args: trainers.append(Trainer(*args)) or trainers[-1])
+    monkeypatch.setattr(
+        pipelines.train_loop,
+        "Trainer",
+        lambda *args, **options: trainers.append(Trainer(*args, **options)) or trainers[-1],
+    )
     arguments = ["--recipe", "tiny", "--method", method, "--data", "motions", "--output", str(tmp_path)]
     assert jobs.train.main(arguments) == 0
     (trainer,) = trainers
