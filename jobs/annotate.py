@@ -25,9 +25,10 @@ from mone.engine.choice import Engine
 from pipelines.annotate import Settings, write_annotations
 from pipelines.archive import ArchiveError
 from pipelines.commit import ANNOTATIONS_DIR
-from pipelines.ledger import LedgerError, Totals, count_rows, totals
+from pipelines.ledger import Totals, totals
 from pipelines.planning import MANIFEST_DIR, write_manifest
 from pipelines.retry import undo_failed
+from pipelines.row_files import LedgerError, count_rows
 from pipelines.storage.address import public_address
 
 

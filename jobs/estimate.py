@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 
 from mone.checkpoint import Checkpoint
 from mone.compute import clip_compute
-from pipelines.ledger import read_columns
 from pipelines.limits import DEFAULT_LIMITS, Limits
 from pipelines.predict import Annotator
+from pipelines.row_files import read_columns
 from pipelines.schema import MANIFEST, Status
 from pipelines.storage.signatures import UNSIGNED, Signatures
 from pipelines.tokenize import tokenize_table

@@ -16,8 +16,8 @@ from jobs.plan_record import write_plan
 from jobs.progress import videos_progress
 from mone.capacity import check_capacity
 from pipelines.archive import ArchiveError
-from pipelines.ledger import LedgerError
 from pipelines.planning import MANIFEST_DIR, write_manifest
+from pipelines.row_files import LedgerError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,10 +23,11 @@ from mone.capacity import expert_shares
 from mone.checkpoint import CheckpointError, read_checkpoint, write_whole
 from pipelines.archive import ArchiveError, signatures_of
 from pipelines.commit import ANNOTATIONS_DIR
-from pipelines.ledger import audit, read_columns, totals
+from pipelines.failure import DecodeFailure
+from pipelines.ledger import audit, totals
 from pipelines.planning import MANIFEST_DIR
 from pipelines.preview import expert_colours, preview
-from pipelines.probe import DecodeFailure
+from pipelines.row_files import read_columns
 from pipelines.schema import ANNOTATIONS, MANIFEST, PlannedClip, Status
 from pipelines.storage.signatures import UNSIGNED, Signatures
 

@@ -19,7 +19,8 @@ import av.error
 import numpy as np
 from av.video.frame import VideoFrame
 
-from pipelines.probe import Damage, DecodeFailure, decode_frames, first_pts, open_video, tick_s
+from pipelines.failure import DecodeFailure
+from pipelines.probe import Damage, decode_frames, first_pts, open_video, tick_s
 from pipelines.schema import Status
 from pipelines.storage.address import is_remote
 from pipelines.timeline import frames_at, instants

@@ -9,10 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.clip_ids import all_parts, are_in, num_parts
-from pipelines.row_files import LedgerError, count_rows, parquet_files, read_columns
+from pipelines.row_files import parquet_files, read_columns
 from pipelines.schema import ANNOTATIONS, MANIFEST, Status
-
-__all__ = ["Audit", "LedgerError", "Totals", "audit", "count_rows", "parquet_files", "read_columns", "totals"]
 
 
 @dataclass(slots=True)

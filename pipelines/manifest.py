@@ -6,9 +6,10 @@ from itertools import groupby
 
 from pipelines.archive import Video
 from pipelines.decode import Outcome, Source
+from pipelines.failure import DecodeFailure
 from pipelines.guarded import Decoded, Request, decode_guarded, probe_guarded
 from pipelines.limits import DEFAULT_LIMITS, Limits
-from pipelines.probe import DecodeFailure, VideoInfo, file_identity
+from pipelines.probe import VideoInfo, file_identity
 from pipelines.schema import PlannedClip, Status
 from pipelines.timeline import ClipPlan
 from pipelines.view import View

@@ -22,10 +22,11 @@ from pipelines.commit import (
     withdraw,
     write_remaining,
 )
-from pipelines.ledger import LedgerError, audit
+from pipelines.ledger import audit
 from pipelines.manifest import plan_video
 from pipelines.planning import MANIFEST_DIR
 from pipelines.predict import Annotator
+from pipelines.row_files import LedgerError
 from pipelines.schema import ANNOTATIONS, MANIFEST
 from pipelines.timeline import ClipPlan
 from pipelines.tokenize import tokenize_table

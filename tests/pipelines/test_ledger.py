@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipelines.clip_ids
-from pipelines.ledger import LedgerError, audit, parquet_files, totals
+from pipelines.ledger import audit, totals
+from pipelines.row_files import LedgerError, parquet_files
 from pipelines.schema import ANNOTATIONS, MANIFEST
 
 oracle = settings(max_examples=30, deadline=None, derandomize=True)
