@@ -1,4 +1,4 @@
-"""The two graphs of Ray Data: videos -> manifest, and manifest -> annotations."""
+"""The graphs of Ray Data: manifest -> annotations; and videos -> manifest where that is not kept."""
 
 import dataclasses
 import functools
@@ -15,19 +15,25 @@ from ray.data import ActorPoolStrategy, Dataset
 from mone.checkpoint import Checkpoint
 from mone.config import ModelConfig
 from mone.engine.choice import Engine
-from pipelines.archive import Video
-from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, write_remaining
+from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, withdraw, write_remaining
 from pipelines.limits import DEFAULT_LIMITS, Limits
 from pipelines.manifest import plan_video
+from pipelines.planning import MANIFEST_DIR, manifest_table
 from pipelines.predict import Annotator
-from pipelines.schema import MANIFEST
+from pipelines.schema import DECODED, MANIFEST
+from pipelines.storage.signatures import UNSIGNED, Signatures
 from pipelines.timeline import ClipPlan
 from pipelines.tokenize import tokenize_table
+from pipelines.video import Video
 from pipelines.view import WHOLE_CLIPS, TokenOptions
 
-MANIFEST_DIR = "manifest"
-
-_VIDEOS = pa.schema([("uri", pa.string()), ("label", pa.string()), ("split", pa.string())])
+_VIDEOS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("uri", "label", "split")),
+        ("size_bytes", pa.int64()),
+        ("version", pa.string()),
+    ]
+)
 
 # Videos that one task probes: some tenths of a second of work.
 _VIDEOS_PER_TASK = 32
@@ -66,52 +72,55 @@ class Settings:
     limits: Limits = DEFAULT_LIMITS
 
 
-def write_manifest(videos: Iterable[Video], plan: ClipPlan, output: Path, limits: Limits = DEFAULT_LIMITS) -> None:
-    """Probe the videos in parallel and write DIR/manifest, which appears whole or not at all."""
-    partial = output / f"{MANIFEST_DIR}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    plan_stage(videos, plan, limits).write_parquet(str(partial))
-    partial.rename(output / MANIFEST_DIR)
-
-
-def write_annotations(output: Path, checkpoint: Checkpoint, settings: Settings) -> None:
+def write_annotations(
+    output: Path, checkpoint: Checkpoint, settings: Settings, signatures: Signatures = UNSIGNED
+) -> None:
     """Annotate every clip of DIR/manifest that is not committed yet.
 
     Strictly one row out for one row in. Each file is committed whole, so a run that is killed at any moment continues
-    without a loss or a double.
+    without a loss or a double. Rows of clips that are planned no more, or of another model, are taken back first.
+
+    Args:
+        output: DIR.
+        checkpoint: The model.
+        settings: How.
+        signatures: What signed addresses are read with.
     """
     fence(output)
-    num_clips = write_remaining(output, output / MANIFEST_DIR)
-    if not num_clips:
-        return
+    withdraw(output, output / MANIFEST_DIR, checkpoint.model_id)
+    if num_clips := write_remaining(output, output / MANIFEST_DIR):
+        _annotate_remaining(output, checkpoint, settings, signatures, num_clips)
+    fence(output)
+    shutil.rmtree(output / REMAINING_DIR, ignore_errors=True)
+
+
+def _annotate_remaining(
+    output: Path, checkpoint: Checkpoint, settings: Settings, signatures: Signatures, num_clips: int
+) -> None:
     remaining = ray.data.read_parquet(str(output / REMAINING_DIR), schema=MANIFEST)
     annotated = model_stage(
-        tokenize_stage(remaining, checkpoint.config, settings.tokens, settings.limits, num_clips=num_clips),
+        tokenize_stage(remaining, checkpoint.config, settings.tokens, settings.limits, signatures, num_clips=num_clips),
         Annotator,
         (checkpoint, settings.capacity, settings.top_k, settings.engine),
         batch_size=settings.batch_size,
         num_workers=settings.num_model_workers,
     )
     annotated.write_datasink(CommittedFiles(output), ray_remote_args={"num_cpus": _WRITE_CPUS})
-    fence(output)
-    shutil.rmtree(output / REMAINING_DIR)
 
 
-def plan_stage(videos: Iterable[Video], plan: ClipPlan, limits: Limits = DEFAULT_LIMITS) -> Dataset:
+def plan_stage(videos: Iterable[Video], plan: ClipPlan) -> Dataset:
     """Videos -> MANIFEST rows: probing is short I/O and one decoded frame per file."""
     rows = [dataclasses.asdict(video) for video in videos]
     table = pa.Table.from_pylist(rows, schema=_VIDEOS)
     return (
         ray.data.from_arrow(table)
         .repartition(-(-len(table) // _VIDEOS_PER_TASK))
-        .map_batches(functools.partial(_plan_table, plan=plan, limits=limits), batch_size=None, batch_format="pyarrow")
+        .map_batches(functools.partial(_plan_table, plan=plan), batch_size=None, batch_format="pyarrow")
     )
 
 
-def _plan_table(videos: pa.Table, plan: ClipPlan, limits: Limits) -> pa.Table:
-    clips = [clip for row in videos.to_pylist() for clip in plan_video(Video(**row), plan, limits)]
-    columns = {name: [getattr(clip, name) for clip in clips] for name in MANIFEST.names}
-    return pa.table(columns, schema=MANIFEST)
+def _plan_table(videos: pa.Table, plan: ClipPlan) -> pa.Table:
+    return manifest_table([clip for row in videos.to_pylist() for clip in plan_video(Video(**row), plan)])
 
 
 def tokenize_stage(
@@ -119,12 +128,13 @@ def tokenize_stage(
     config: ModelConfig,
     options: TokenOptions,
     limits: Limits = DEFAULT_LIMITS,
+    signatures: Signatures = UNSIGNED,
     *,
     num_clips: int | None = None,
 ) -> Dataset:
     """MANIFEST rows -> DECODED rows, on CPUs; how many rows there are, if it is known, decides how they are shared."""
     return manifest.repartition(target_num_rows_per_block=_clips_per_task(num_clips)).map_batches(
-        functools.partial(tokenize_table, config=config, options=options, limits=limits),
+        functools.partial(_tokenize, config=config, options=options, limits=limits, signatures=signatures),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,  # both decoders run on one thread
@@ -135,6 +145,15 @@ def tokenize_stage(
 def _clips_per_task(num_clips: int | None) -> int:
     num_tasks = _TASKS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
     return _CLIPS_PER_TASK if num_clips is None else min(_CLIPS_PER_TASK, max(_FEWEST_CLIPS, num_clips // num_tasks))
+
+
+def _tokenize(
+    manifest: pa.Table, config: ModelConfig, options: TokenOptions, limits: Limits, signatures: Signatures
+) -> pa.Table:
+    """Tokenize with signed addresses in place of the public ones, which stand in what comes out."""
+    decoded = tokenize_table(signatures.sign_table(manifest), config, options, limits)
+    place = DECODED.get_field_index("video")
+    return decoded.set_column(place, DECODED.field(place), manifest["video"])
 
 
 def model_stage(

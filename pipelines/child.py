@@ -33,6 +33,8 @@ _LOOK_S = 0.02
 # Above the limit that is watched, the kernel's own: the interpreter, libraries, stacks of threads.
 _ROOM_BYTES = 1 << 30
 _PAGE_BYTES = resource.getpagesize()
+# Files that a child should be there for: it takes about as long to start.
+_FILES_PER_CHILD = 4
 
 
 class Killed(Exception):  # noqa: N818 - becomes a row
@@ -94,6 +96,11 @@ def call_each(tasks: Sequence[Call]) -> Iterator[Any]:
         except Killed as killed:
             done += 1
             yield killed
+
+
+def num_children(num_files: int, most: int) -> int:
+    """Threads, each with its child, that are worth their start for so many files."""
+    return max(1, min(most, -(-num_files // _FILES_PER_CHILD)))
 
 
 _children = threading.local()  # a child for each thread that calls, ended with it

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from pipelines.child import Call, Killed, call, call_each
 from pipelines.decode import Clip, Outcome, Source, chain_of, decode_clips
+from pipelines.failure import DecodeFailure
 from pipelines.limits import DEFAULT_LIMITS, Limits
-from pipelines.probe import DecodeFailure, VideoInfo, probe
+from pipelines.probe import VideoInfo, probe
 from pipelines.schema import Status
 from pipelines.view import View
 

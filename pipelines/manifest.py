@@ -6,9 +6,10 @@ from itertools import groupby
 
 from pipelines.archive import Video
 from pipelines.decode import Outcome, Source
+from pipelines.failure import DecodeFailure
 from pipelines.guarded import Decoded, Request, decode_guarded, probe_guarded
 from pipelines.limits import DEFAULT_LIMITS, Limits
-from pipelines.probe import DecodeFailure, VideoInfo, file_identity
+from pipelines.probe import VideoInfo, file_identity
 from pipelines.schema import PlannedClip, Status
 from pipelines.timeline import ClipPlan
 from pipelines.view import View
@@ -22,9 +23,10 @@ def clip_id(video: str, size_bytes: int, version: str, start_s: float, end_s: fl
 
 def plan_video(video: Video, plan: ClipPlan, limits: Limits = DEFAULT_LIMITS) -> list[PlannedClip]:
     """Probe a video and cut it into clips; one that cannot be probed is one clip of an empty span, with the reason."""
-    size_bytes, version = 0, ""
+    size_bytes, version = video.size_bytes, video.version
     try:
-        size_bytes, version = file_identity(video.uri)
+        if not (size_bytes and version):  # an empty file fails here
+            size_bytes, version = file_identity(video.uri)
         info = probe_guarded(video.uri, size_bytes, limits)
         spans, status, error = plan.spans(info.duration_s), Status.OK, ""
     except DecodeFailure as failure:
@@ -32,8 +34,8 @@ def plan_video(video: Video, plan: ClipPlan, limits: Limits = DEFAULT_LIMITS) ->
         spans, status, error = [(0.0, 0.0)], failure.status, str(failure)
     return [
         PlannedClip(
-            clip_id=clip_id(video.uri, size_bytes, version, start_s, end_s),
-            video=video.uri,
+            clip_id=clip_id(video.address, size_bytes, version, start_s, end_s),
+            video=video.address,
             start_s=start_s,
             end_s=end_s,
             label=video.label,
@@ -61,6 +63,7 @@ def source_of(clip: PlannedClip) -> Source:
         height_px=clip.height_px,
         container=clip.container,
         codec=clip.codec,
+        duration_s=clip.duration_s,
     )
 
 

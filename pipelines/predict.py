@@ -37,7 +37,7 @@ class Annotator:
         self.model = checkpoint.build(self.device)
         self.model.encoder.engine = engine
         # Kernels are so short that the host's work for each would show.
-        self.replayed = Replayed(self.model) if engine == "triton" and self.device.type == "cuda" else None
+        self.replayed = Replayed(self.model) if engine != "reference" and self.device.type == "cuda" else None
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Annotate a batch. Nothing raises: a clip that the model cannot take is a row with `model_error`."""

@@ -1,4 +1,4 @@
-"""Labelled videos as training clips in memory, decoded once, in as many processes as there are cores; no Ray."""
+"""Labelled videos as training clips in memory, decoded once, in up to as many processes as there are cores; no Ray."""
 
 import functools
 import os
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from mone.clips import MemoryClips
 from pipelines.archive import Video
+from pipelines.child import num_children
 from pipelines.decode import Clip
 from pipelines.manifest import decode_planned, plan_video
 from pipelines.schema import Status
@@ -37,7 +38,8 @@ def in_memory(
     classes: list[int] = []
     failures: dict[str, str] = {}
     index_of = {label: index for index, label in enumerate(labels)}
-    with ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:  # each has a process that decodes
+    num_workers = num_workers or num_children(len(videos), os.cpu_count() or 1)
+    with ThreadPoolExecutor(num_workers) as pool:  # each thread has a process that decodes
         read = functools.partial(_read, plan=plan, view=view)
         outcomes = tqdm(pool.map(read, videos), "decode", len(videos), unit="video", mininterval=2)
         for video, outcome in zip(videos, outcomes, strict=True):

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from mone.blocks import Neighbours
 from mone.engine.blocks import run_on_layout
+from mone.engine.support import triton_runs
 from mone.engine.tokens import Tokens
 from mone.nested import Segments
 from mone.routing import LearnedRouter, RandomRouter, RoutingPlan, expert_preferred_routing
@@ -24,9 +25,9 @@ _PROCESSOR_BYTES = 30 * 2**20
 
 def uses_kernels(engine: Engine, blocks: nn.ModuleList, x_BKD: Tensor) -> bool:
     """Whether Triton kernels take these tokens."""
-    if engine != "triton":
+    if engine != "triton" and not (engine == "auto" and _is_hopper(x_BKD.device) and not _must_be_called(blocks)):
         return False
-    from mone.engine.fused import fits_kernels
+    from mone.engine.fused import fits_kernels  # here: there may be no Triton
 
     return fits_kernels(blocks, x_BKD)
 
@@ -72,8 +73,9 @@ def run_blocks(
 
     Args:
         engine: "reference": block by block, as `mone.blocks` has it. "layout": as wide as each expert, in plain
-            PyTorch. "triton": Triton kernels for inference in half precision, the layout for all else. "auto": the
-            layout on processors, where it is measured to be the fastest; else the reference.
+            PyTorch. "triton": Triton kernels for inference in half precision, the layout for all else. "auto": what is
+            measured to be the fastest: as "triton" on GPUs from Hopper on, the layout elsewhere; the reference where
+            blocks must be called.
         blocks: Of `mone.blocks.Block`.
         tokens: Sorted by whoever runs them.
         segments: Which rows go through which expert.
@@ -82,11 +84,11 @@ def run_blocks(
         num_class_tokens: R, at the end of a sequence.
     """
     if uses_kernels(engine, blocks, tokens.x_SKD):
-        from mone.engine.fused import run_on_rows  # here: there may be no Triton
+        from mone.engine.fused import run_on_rows
 
         return run_on_rows(blocks, tokens, segments, gain_LSN1, neighbours, num_class_tokens)
     x_SND = tokens.sorted()
-    if engine == "reference" or (engine == "auto" and (x_SND.is_cuda or _must_be_called(blocks))):
+    if engine == "reference" or (engine == "auto" and _must_be_called(blocks)):
         for block, gain_SN1 in zip(blocks, gain_LSN1, strict=True):
             x_SND = block(x_SND, segments, gain_SN1, neighbours)
         return x_SND[:, -num_class_tokens:] if num_class_tokens else x_SND
@@ -95,6 +97,11 @@ def run_blocks(
         parts = zip(x_SND.split(few), gain_LSN1.split(few, dim=1), strict=True)
         return torch.cat([run_on_layout(blocks, x, segments, gain, None, num_class_tokens) for x, gain in parts])
     return run_on_layout(blocks, x_SND, segments, gain_LSN1, neighbours, num_class_tokens)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    """Or newer: the kernels were made for it, and were measured nowhere else."""
+    return device.type == "cuda" and triton_runs(device) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _must_be_called(blocks: nn.ModuleList) -> bool:

@@ -22,7 +22,7 @@ from mone.engine.casts import cast as cast_weight
 from mone.engine.kernels.attention import attend_rows
 from mone.engine.kernels.enter import enter_rows
 from mone.engine.kernels.gelu import form_of
-from mone.engine.kernels.gemm import grouped_gemm
+from mone.engine.kernels.gemm import grouped_gemm, num_processors
 from mone.engine.kernels.narrow_mlp import narrow_mlp
 from mone.engine.kernels.norm import SMALLEST_BLOCK, norm_rows
 from mone.engine.layout import from_layout
@@ -124,7 +124,11 @@ def _block(
     _norm(block.norm_mlp, buffers, runs)
     activation = form_of(mlp.activation.approximate, buffers.normal_RD.dtype)
     hidden, dtype = mlp.up.out_features, buffers.normal_RD.dtype
-    narrow = {run: tiling for run in runs if (tiling := tilings.narrow_of(run.width, hidden))}
+    narrow = {
+        run: tiling
+        for run in runs
+        if (tiling := tilings.narrow_of(run.width, hidden)) and _fills(run, tiling, buffers.head_RD.device)
+    }
     with _beside(buffers.head_RD.device, tilings.beside and len(narrow) > 0):
         for run, tiling in narrow.items():
             up_HD, down_DH = cast_weight(mlp.up.weight, dtype), cast_weight(mlp.down.weight, dtype)
@@ -138,6 +142,11 @@ def _block(
         _project_out(mlp.down, buffers.hidden_RH, buffers.head_RD, wide, tilings.down, gain_R)
     if tilings.beside and narrow and buffers.head_RD.is_cuda:
         torch.cuda.current_stream().wait_stream(_side_stream(buffers.head_RD.device))
+
+
+def _fills(run: Run, tiling: Tiling, device: torch.device) -> bool:
+    """Whether one program for a tile of rows keeps the device busy; each goes through the whole hidden layer."""
+    return 2 * (run.stop - run.start) >= num_processors(device) * tiling.rows
 
 
 @contextlib.contextmanager

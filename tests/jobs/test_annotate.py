@@ -18,11 +18,10 @@ import jobs.annotate
 import jobs.audit
 import jobs.report
 from mone.compute import clip_compute
-from pipelines.annotate import MANIFEST_DIR
 from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.ledger import audit
 from pipelines.limits import Limits
-from pipelines.timeline import ClipPlan
+from pipelines.planning import MANIFEST_DIR
 from tests.conftest import NUM_CLIPS, NUM_VIDEOS, TINY, command_of, complaints, run_job
 
 pytestmark = pytest.mark.ray
@@ -169,16 +168,18 @@ def test_another_archive_needs_another_folder(finished, archive, model_folder, c
 
 def test_retrying_does_the_failed_rows_and_no_others(finished, archive, model_folder, monkeypatch, capsys):
     monkeypatch.setattr(jobs.annotate, "connected", lambda address: contextlib.nullcontext())
-    undone, done = [], []
-    monkeypatch.setattr(jobs.annotate, "undo_failed", lambda *arguments: undone.append(arguments) or 2)
+    undone, planned, done = [], [], []
+    monkeypatch.setattr(jobs.annotate, "undo_failed", lambda output: undone.append(output) or 2)
+    monkeypatch.setattr(jobs.annotate, "write_manifest", lambda *arguments: planned.append(arguments))
     monkeypatch.setattr(jobs.annotate, "write_annotations", lambda *arguments: done.append(arguments))
     arguments = [str(archive), "--output", str(finished), "--model", str(model_folder)]
     limits = ["--timeout-s", "7", "--memory-gb", "0.5"]
     assert jobs.annotate.main([*arguments, *limits]) == 0 and not undone
     assert jobs.annotate.main([*arguments, "--retry-failed", *limits]) == 0
     expected = Limits(timeout_s=7, memory_bytes=2**29)
-    assert undone == [(finished, ClipPlan(span_s=TINY.span_s), expected)]
-    assert [settings.limits for _, _, settings in done] == [expected] * 2
+    assert undone == [finished]
+    assert [limits for _, _, _, limits, _ in planned] == [expected] * 2
+    assert [settings.limits for _, _, settings, _ in done] == [expected] * 2
     assert "retry     2 clips" in capsys.readouterr().err
 
 

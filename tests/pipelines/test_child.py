@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.child import Call, Killed, call, call_each
+from pipelines.child import Call, Killed, call, call_each, num_children
 from pipelines.schema import Status
 
 MEMORY_BYTES = 256 << 20
@@ -188,3 +188,10 @@ def wait_for(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "num_files, most, expected", [(0, 64, 1), (1, 64, 1), (5, 64, 2), (70, 64, 18), (1000, 64, 64)]
+)
+def test_a_child_is_started_for_several_files(num_files, most, expected):
+    assert num_children(num_files, most) == expected

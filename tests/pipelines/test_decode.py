@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pipelines import decode
 from pipelines.decode import DECODERS, Clip, DecoderUnfit, Outcome, Source, decode_clips
-from pipelines.probe import DecodeFailure, probe
+from pipelines.failure import DecodeFailure
+from pipelines.probe import probe
 from pipelines.schema import Status
 from pipelines.timeline import instants
 from pipelines.view import View

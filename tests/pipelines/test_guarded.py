@@ -1,6 +1,8 @@
 """Files that hang, crash or fill the memory of their decoder end as outcomes, and leave their neighbours alone."""
 
+import dataclasses
 import os
+import shutil
 import time
 
 import numpy as np
@@ -8,13 +10,15 @@ import pytest
 
 from pipelines import guarded
 from pipelines.decode import Clip, Source, decode_clips
+from pipelines.failure import DecodeFailure
 from pipelines.guarded import Request, decode_guarded, probe_guarded
 from pipelines.limits import Limits
-from pipelines.probe import DecodeFailure, probe
+from pipelines.probe import file_identity, probe
 from pipelines.schema import Status
 from pipelines.view import View
 from tests.media import indexed_frames, read_index, write_video
 from tests.pipelines.test_child import crash, hang_with_the_lock, take_memory_and_hang
+from tests.web_server import stall
 
 SPANS = [(0.0, 0.8), (0.8, 1.6), (1.6, 2.4), (2.4, 3.2), (3.2, 4.0)]
 POISON_S = 2.0
@@ -162,6 +166,23 @@ def test_a_probe_that_is_ended_is_a_failure(source, monkeypatch, probe_, status,
             probe_guarded(source.path, 1, SHORT if status == Status.TIMEOUT else ENOUGH)
     assert (caught.value.status, str(caught.value)) == (status, reason)
     assert probe_guarded(source.path, 1) == probe(source.path)
+
+
+def test_remote_files_are_read_there_with_their_signature(web, source):
+    shutil.copy(source.path, web.folder / "a.mp4")
+    web.query = "sig=5ecret"
+    signed = f"{web.url}/a.mp4?{web.query}"
+    size_bytes, _ = file_identity(signed)
+    assert probe_guarded(signed, size_bytes) == probe(source.path)
+    ((outcomes, _),) = decode_guarded([Request(dataclasses.replace(source, path=signed), SPANS)], VIEW)
+    assert [number for outcome in outcomes for number in fine(outcome)] == list(range(40))
+    with pytest.raises(DecodeFailure, match="403") as refused:
+        probe_guarded(f"{web.url}/a.mp4?sig=stolen", size_bytes)
+    assert refused.value.status == Status.MISSING
+    web.faults = [stall]
+    with pytest.raises(DecodeFailure) as late:
+        probe_guarded(signed, 1, SHORT)
+    assert late.value.status == Status.TIMEOUT and "5ecret" not in str(late.value)
 
 
 def test_failures_of_the_probe_come_as_they_are(tmp_path):

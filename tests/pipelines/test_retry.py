@@ -9,11 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.annotate import MANIFEST_DIR, Settings, write_annotations
+from pipelines.annotate import Settings, write_annotations
 from pipelines.archive import Video
 from pipelines.commit import ANNOTATIONS_DIR, CommittedFiles, StagedFiles, write_remaining
 from pipelines.ledger import audit
 from pipelines.manifest import plan_video
+from pipelines.planning import MANIFEST_DIR, write_manifest
 from pipelines.predict import Annotator
 from pipelines.retry import undo_failed
 from pipelines.schema import MANIFEST
@@ -68,9 +69,20 @@ def run(tmp_path, checkpoint) -> Path:
     return folder
 
 
+def retry(run: Path) -> int:
+    """What comes before annotating where failed rows are to be done again."""
+    count = undo_failed(run)
+    plan_again(run)
+    return count
+
+
+def plan_again(run: Path) -> None:
+    write_manifest([Video(uri=str(run.parent / f"{n}.mp4"), label="left") for n in range(NUM_VIDEOS)], PLAN, run)
+
+
 def test_failed_rows_are_done_again_and_no_others(run, checkpoint):
     before = rows(run)
-    assert undo_failed(run, PLAN) == 3
+    assert retry(run) == 3
     assert not is_clean(run)
     write_annotations(run, checkpoint, SETTINGS)
     after = rows(run)
@@ -81,13 +93,13 @@ def test_failed_rows_are_done_again_and_no_others(run, checkpoint):
     for id_, row in before.items():
         if row["status"] == "ok":
             assert after[id_] == row
-    assert undo_failed(run, PLAN) == 0 and is_clean(run)
+    assert retry(run) == 0 and is_clean(run)
 
 
 def test_what_fails_again_has_its_row_again(run, checkpoint):
     (run.parent / f"{UNREADABLE}.mp4").write_bytes(b"")
     (run.parent / f"{GONE}.mp4").unlink()
-    undo_failed(run, PLAN)
+    assert retry(run) == 3
     write_annotations(run, checkpoint, SETTINGS)
     assert is_clean(run)
     assert sorted(row["status"] for row in rows(run).values()) == ["empty", "missing", "missing", *["ok"] * 8]
@@ -95,12 +107,25 @@ def test_what_fails_again_has_its_row_again(run, checkpoint):
 
 def test_a_run_without_rows_can_be_retried(run):
     shutil.rmtree(run / ANNOTATIONS_DIR)
-    assert undo_failed(run, PLAN) == 0
+    assert retry(run) == 0
     assert write_remaining(run, run / MANIFEST_DIR) == 2 * NUM_VIDEOS
+
+
+def test_a_run_of_failures_alone_is_planned_anew(tmp_path, checkpoint):
+    video, folder = Video(uri=str(tmp_path / "late.mp4")), tmp_path / "run"
+    write_manifest([video], PLAN, folder)
+    write_annotations(folder, checkpoint, SETTINGS)
+    assert [row["status"] for row in rows(folder).values()] == ["missing"]
+    write_video(tmp_path / "late.mp4", indexed_frames(20))
+    assert undo_failed(folder) == 1
+    write_manifest([video], PLAN, folder)
+    write_annotations(folder, checkpoint, SETTINGS)
+    assert is_clean(folder) and [row["status"] for row in rows(folder).values()] == ["ok", "ok"]
 
 
 @pytest.mark.parametrize("num_commits", range(4))
 def test_killed_between_any_two_files_no_clip_has_two_rows(run, monkeypatch, num_commits):
+    """Three files of annotations lose a row, then one of the manifest."""
     commit, left = StagedFiles.commit, [None] * num_commits
 
     def dying(self, name, table, **options):
@@ -111,10 +136,20 @@ def test_killed_between_any_two_files_no_clip_has_two_rows(run, monkeypatch, num
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(StagedFiles, "commit", dying)
-        undo_failed(run, PLAN)
+        undo_failed(run)
     found = audit(run / MANIFEST_DIR, run / ANNOTATIONS_DIR)
     assert not found.doubled and not found.unknown and len(found.missing) == num_commits
     assert write_remaining(run, run / MANIFEST_DIR) == num_commits  # what the same run without a retry would do
-    assert undo_failed(run, PLAN) == 3 - num_commits
+    assert retry(run) == 3 - num_commits
     found = audit(run / MANIFEST_DIR, run / ANNOTATIONS_DIR)
     assert not found.doubled and not found.unknown and found.annotated == 8 and found.planned == 2 * NUM_VIDEOS
+
+
+def test_killed_before_it_is_planned_again_a_run_without_a_retry_does_so(run):
+    undo_failed(run)
+    found = audit(run / MANIFEST_DIR, run / ANNOTATIONS_DIR)
+    assert (found.planned, found.annotated, len(found.missing)) == (10, 8, 2)
+    assert not found.doubled and not found.unknown
+    plan_again(run)
+    found = audit(run / MANIFEST_DIR, run / ANNOTATIONS_DIR)
+    assert (found.planned, len(found.missing)) == (12, 4) and not found.doubled

@@ -108,7 +108,7 @@ def grouped_gemm(
         residual: Add to what out_RO holds.
         gain_R: float32. Factor of each row, before the residual.
     """
-    processors = _num_processors(rows_RI.device)
+    processors = num_processors(rows_RI.device)
     grid = (min(len(tiles_J3), processors * tiling.programs),)
     _grouped_gemm[grid](
         TensorDescriptor.from_tensor(rows_RI, [tiling.rows, tiling.inner]),
@@ -133,5 +133,6 @@ def grouped_gemm(
     )
 
 
-def _num_processors(device: torch.device) -> int:
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; in the interpreter 2, so that programs take several tiles there too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -40,7 +40,7 @@ def base():
 def test_no_less_exact_than_dense_in_bfloat16(base, capacity, num_class_tokens):
     config, blocks = base.config, base.encoder.blocks
     x_SND = torch.randn(8, config.num_tokens + 1, config.dim, device="cuda")
-    gain_LSN1 = 1 + torch.rand(config.depth, 8, config.num_tokens + 1, 1, device="cuda")
+    gain_LSN1 = (1 + torch.rand(config.depth, 8, config.num_tokens + 1, 1, device="cuda")).bfloat16()
 
     def error(engine, of):
         segments = segments_of(config.token_counts(of), config.widths, 1)
