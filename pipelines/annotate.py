@@ -32,7 +32,7 @@ _VIDEOS = pa.schema([("uri", pa.string()), ("label", pa.string()), ("split", pa.
 _VIDEOS_PER_TASK = 32
 # Clips of one decoding task, and so of one annotations file: seconds of work, which is what a crash can cost, against
 # tens of milliseconds for a task, a file and its checkpoint.
-_CLIPS_PER_TASK = 32
+CLIPS_PER_TASK = 32
 # Heap of a decoding task: two frames of 8192 x 4320 take 0.9 GB. Ray cannot see heap, so it is asked for.
 DECODE_MEMORY_BYTES = 1 << 30
 # A write waits for the disk. Its share comes from a model process, so that on two cores, one decoding, one running
@@ -110,7 +110,7 @@ def _plan_table(videos: pa.Table, plan: ClipPlan) -> pa.Table:
 
 def tokenize_stage(manifest: Dataset, config: ModelConfig, options: TokenOptions) -> Dataset:
     """MANIFEST rows -> DECODED rows, on CPUs."""
-    return manifest.repartition(target_num_rows_per_block=_CLIPS_PER_TASK).map_batches(
+    return manifest.repartition(target_num_rows_per_block=CLIPS_PER_TASK).map_batches(
         functools.partial(tokenize_table, config=config, options=options),
         batch_size=None,
         batch_format="pyarrow",
