@@ -92,8 +92,9 @@ def _diagnose(config: Doctor, model: ModelConfig, videos: list[Video], output: P
         findings += checks.check_versions({node: found.versions for node, found in facts.items()})
         findings += checks.check_decoders(facts) + checks.check_gpus(facts, resources)
         findings += checks.check_shared_memory(facts, resources)
-    if examiners.names:
-        findings += checks.check_clocks(*examiners.clocks_s())
+    offsets_s, uncertain_s = examiners.clocks_s()
+    if offsets_s:
+        findings += checks.check_clocks(offsets_s, uncertain_s)
     nodes = {
         node: {"resources": dataclasses.asdict(resources[node]), "silent": silent[node]}
         | ({"facts": dataclasses.asdict(facts[node])} if node in facts else {})

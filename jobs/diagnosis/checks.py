@@ -77,9 +77,7 @@ def check_gpus(facts: Mapping[str, NodeFacts], resources: Mapping[str, NodeResou
     for node, found in facts.items():
         scheduled = int(resources[node].gpus)
         if found.cuda:
-            findings.append(
-                _error("gpu", f"torch cannot compute on {node}: {found.cuda}", "check driver and torch build")
-            )
+            findings.append(_error("gpu", f"torch cannot compute on {node}: {found.cuda}", "check driver, torch build"))
         elif scheduled > len(found.gpus):
             message = f"Ray schedules {scheduled} GPUs on {node}, torch sees {len(found.gpus)}"
             findings.append(_error("gpu", message, "install a CUDA build of torch there, or check nvidia-smi"))
@@ -190,9 +188,7 @@ def check_archive(unlike: Mapping[str, str], archive: str, num_videos: int) -> l
         num_videos: Looked at.
     """
     findings = [
-        _error(
-            "archive", f"{node} sees {archive} otherwise: {reason}", "mount the shared disk, or give its credentials"
-        )
+        _error("archive", f"{node} sees {archive} otherwise: {reason}", "mount the disk, or give its credentials")
         for node, reason in unlike.items()
         if reason
     ]

@@ -1,5 +1,6 @@
 """One examiner on each node, which does there what it is asked."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,11 +80,6 @@ class Examiners:
         self.resources = {name: _resources(node["Resources"]) for name, node in nodes.items()}
         self._handles = {name: _start(node["NodeID"]) for name, node in nodes.items()}
 
-    @property
-    def names(self) -> list[str]:
-        """Of the nodes that are left."""
-        return list(self._handles)
-
     def ask(self, method: str, *arguments: Any, own_name: bool = False) -> Answers:
         """Ask all nodes at once. Those that do not answer are not asked again.
 
@@ -113,8 +109,9 @@ class Examiners:
         """Offset of each node's clock, from the quickest of a few answers; and by how much it may be wrong."""
         offsets_s, uncertain_s = {}, 0.0
         for name, handle in self._handles.items():
-            halves_s, offset_s = min(_offset(handle) for _ in range(_CLOCK_TRIES))
-            offsets_s[name], uncertain_s = offset_s, max(uncertain_s, halves_s)
+            with contextlib.suppress(RayError):  # it answered before, and is gone
+                half_s, offsets_s[name] = min(_offset(handle, self.limit_s) for _ in range(_CLOCK_TRIES))
+                uncertain_s = max(uncertain_s, half_s)
         return offsets_s, uncertain_s
 
 
@@ -129,10 +126,10 @@ def unlike(mine: list[Sight], theirs: Mapping[str, list[Sight]]) -> dict[str, st
     return found
 
 
-def _offset(handle: Any) -> tuple[float, float]:
+def _offset(handle: Any, limit_s: float) -> tuple[float, float]:
     """Half of the time that an answer took, and the clock's offset in its middle."""
     sent_s = time.time()
-    clock_s = ray.get(handle.clock_s.remote())
+    clock_s: Any = ray.get(handle.clock_s.remote(), timeout=limit_s)
     half_s = (time.time() - sent_s) / 2
     return half_s, clock_s - sent_s - half_s
 
