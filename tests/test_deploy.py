@@ -1,4 +1,4 @@
-"""deploy/: manifests by the fields that KubeRay's types have, their commands by our own parsers, the image by its files."""
+"""deploy/: manifests by the fields of KubeRay's types, commands by our own parsers, the image by its files."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""cluster.yaml, and the variants in its comments, by Ray's own checks; and the parts of it that are a matter of safety."""
+"""cluster.yaml and the variants in its comments, by Ray's own checks; and what of it is a matter of safety."""
 
 import re
 from pathlib import Path
