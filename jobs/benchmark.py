@@ -11,6 +11,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from jobs.benchmarks.cpu import CpuSpeed
 from jobs.benchmarks.focus import Focus
 from jobs.benchmarks.model import ModelSpeed
 from jobs.benchmarks.precision import Precision
@@ -23,6 +24,7 @@ from jobs.cli import run
 # NAME: its options. Nothing else is needed to add one.
 BENCHMARKS: dict[str, Any] = {
     "model": ModelSpeed,
+    "cpu": CpuSpeed,
     "train": TrainSpeed,
     "scaling": Scaling,
     "tune": Tune,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ray
+import torch
 from ray.exceptions import RayError
 from tqdm import tqdm
 
@@ -57,6 +58,8 @@ def _train(config: Train, before: str | None) -> str:
         train(config)
     except (JobFailed, UserError) as error:
         return str(error)
+    except torch.OutOfMemoryError:
+        return "out of GPU memory; with a larger --gpus-per-run fewer runs share a GPU, and go on where they were"
     return ""
 
 

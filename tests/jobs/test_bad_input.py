@@ -174,7 +174,7 @@ def test_an_unknown_option(refused, archive, model_folder, out, job):
         ("render", "--output"),
         ("report", "DIR"),
         ("audit", "DIR"),
-        ("benchmark", "model, train, precision"),
+        ("benchmark", ", ".join(jobs.benchmark.BENCHMARKS)),
     ],
 )
 def test_nothing_at_all(refused, job, named):

@@ -206,10 +206,20 @@ def test_bad_options_of_precision(refused, options, names):
     refused("precision", *options, names=names)
 
 
-@pytest.mark.parametrize("name", sorted(jobs.benchmark.BENCHMARKS.keys() - {"scaling", "tune"}))
+@pytest.mark.parametrize("name", sorted(jobs.benchmark.BENCHMARKS.keys() - {"cpu", "scaling", "tune"}))
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(refused, name):
     refused(name, "--device", "cuda", names="cuda")
+
+
+def test_a_processor_is_timed_with_both_engines(measured):
+    record = measured(
+        "cpu", "--preset", "tiny", "--frames", "2", "--batch-size", "1", "--capacity", "0.4", "--repeats", "1"
+    )
+    assert [(row["engine"], row["method"]) for row in record["rows"]] == [
+        (engine, method) for engine in ("reference", "layout") for method in ("dense", "mone")
+    ]
+    assert record["benchmark"] == "cpu" and "CPU" in record["device"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import jobs.cluster
 import jobs.sweep
+import jobs.sweep_tasks
 from jobs.recipes import RECIPES, Recipe
 from jobs.sweep_runs import DENSE_FLOPS, METHODS_SWEPT, Plan, SweepRun
 from jobs.train_options import Train
@@ -201,6 +203,14 @@ def trained(folder: Path) -> dict[Path, tuple[int, bytes]]:
     """Of all runs that are done: when their files were written, and what is in them."""
     files = [path for config in folder.glob("*/model/config.json") for path in config.parents[1].rglob("*")]
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files if path.is_file()}
+
+
+def test_a_run_without_room_on_its_gpu_says_what_gives_it_more(monkeypatch):
+    def too_large(config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 102.00 MiB.")
+
+    monkeypatch.setattr(jobs.sweep_tasks, "train", too_large)
+    assert "--gpus-per-run" in jobs.sweep_tasks._train(Train(data="motions", output="out"), None)
 
 
 @pytest.mark.ray
