@@ -11,32 +11,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.archive_input import open_archive
 from jobs.cli import JobFailed, UserError, checking_input, run
 from jobs.cluster import connected
-from jobs.inputs import BUNDLED_MODEL, Archive, TokenArguments, load_model, make_output
+from jobs.inputs import BUNDLED_MODEL, Archive, LimitOptions, TokenArguments, load_model, make_output
 from jobs.plan_record import check_plan, write_plan
-from jobs.progress import clips_progress
+from jobs.progress import clips_progress, videos_progress
 from jobs.run_record import read_run, timestamp, totals_record, versions, write_run
 from mone.baselines import capacities_of
 from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint
 from mone.engine.choice import Engine
-from pipelines.annotate import MANIFEST_DIR, Settings, write_annotations, write_manifest
-from pipelines.archive import list_videos
+from pipelines.annotate import Settings, write_annotations
+from pipelines.archive import ArchiveError
 from pipelines.commit import ANNOTATIONS_DIR
-from pipelines.ledger import LedgerError, Totals, count_rows, totals
+from pipelines.ledger import Totals, totals
+from pipelines.planning import MANIFEST_DIR, write_manifest
+from pipelines.retry import undo_failed
+from pipelines.row_files import LedgerError, count_rows
+from pipelines.storage.address import public_address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Annotate(TokenArguments):
+class Annotate(TokenArguments, LimitOptions):
     """Label every clip of an archive: one row per clip in DIR/annotations, whatever happened to it.
 
     Plans first where DIR has no manifest. Stopped or killed at any moment, the same command continues; finished, it
-    does nothing. Failures are rows with their reason. `python -m jobs.audit DIR` proves that nothing is missing.
+    does what is new: videos that were added, files that changed. Failures are rows with their reason; --retry-failed
+    does those again. `python -m jobs.audit DIR` proves that nothing is missing.
     """
 
     archive: Archive
-    """A folder, a glob, a video, or a .csv/.parquet/.jsonl with a column `video`."""
+    """A folder, a glob, a video, or a .csv/.parquet/.jsonl with a column `video`; here or at s3://, gs://, https://."""
     output: str
     """DIR for manifest, annotations and run.json."""
     model: str = str(BUNDLED_MODEL)
@@ -51,8 +57,12 @@ class Annotate(TokenArguments):
     """Model processes at most; 0 means one per GPU, or one per two CPUs."""
     engine: Engine = "auto"
     """Code that runs the model's blocks, "reference" being the plainest; all compute the same (docs/performance.md)."""
+    retry_failed: bool = False
+    """Do the rows of an earlier run again that are not ok, beside what is new."""
     max_failed_share: float = 0.5
     """Exit with status 1 where more clips failed than this share (all rows are written all the same)."""
+    update: bool = False
+    """Where --model holds another model than DIR was annotated with, do all clips again in place of refusing."""
     address: str = ""
     """Ray cluster; default RAY_ADDRESS, else Ray starts here."""
 
@@ -63,10 +73,11 @@ def annotate(config: Annotate) -> None:
     clip_plan = config.plan(checkpoint.config.span_s)
     output = Path(config.output).resolve()
     planned = (output / MANIFEST_DIR).exists()
+    if config.retry_failed and not planned:
+        raise UserError(f"nothing to retry: {config.output} has no rows of an earlier run")
     if planned:
         check_plan(output, config.archive, clip_plan)
-    with checking_input():
-        videos = [] if planned else list(list_videos(config.archive))
+    videos, signatures = open_archive(config.archive)
     record = _open_record(make_output(config.output), config, checkpoint)
 
     started_s = time.time()
@@ -74,11 +85,13 @@ def annotate(config: Annotate) -> None:
         with connected(config.address):
             if not planned:
                 write_plan(output, config.archive, clip_plan)
-                print(f"plan      {len(videos):,} videos", file=sys.stderr)
-                write_manifest(videos, clip_plan, output)
+            if config.retry_failed:
+                print(f"retry     {undo_failed(output):,} clips", file=sys.stderr)
+            with videos_progress() as on_videos:
+                write_manifest(videos, clip_plan, output, settings.limits, on_videos)
             with clips_progress(output / ANNOTATIONS_DIR, count_rows(output / MANIFEST_DIR)):
-                write_annotations(output, checkpoint, settings)
-    except LedgerError as error:  # files of an earlier run that have been damaged since
+                write_annotations(output, checkpoint, settings, signatures)
+    except (ArchiveError, LedgerError) as error:  # a part of the archive, or files of an earlier run damaged since
         raise UserError(str(error)) from error
     result = totals(output / ANNOTATIONS_DIR, frozenset(checkpoint.labels))
     record["sessions"].append({"started": timestamp(), "wall_s": round(time.time() - started_s, 3)})
@@ -115,6 +128,7 @@ def check(config: Annotate) -> tuple[Checkpoint, Settings]:
         batch_size=config.batch_size,
         num_model_workers=config.num_model_workers,
         engine=config.engine,
+        limits=config.limits(),
     )
 
 
@@ -126,7 +140,7 @@ def _open_record(output: Path, config: Annotate, checkpoint: Checkpoint) -> dict
     """
     record = read_run(output)
     identity = {
-        "archive": config.archive,
+        "archive": public_address(config.archive),
         "model_id": checkpoint.model_id,
         "capacity": config.capacity,
         "top_k": config.top_k,
@@ -134,11 +148,12 @@ def _open_record(output: Path, config: Annotate, checkpoint: Checkpoint) -> dict
         "tokens": [config.views, config.drop_static],
     }
     for name, value in identity.items():
-        if record and record["identity"].get(name) != value:
+        if record and record["identity"].get(name) != value and not (config.update and name == "model_id"):
             was = record["identity"].get(name)
-            raise UserError(f"{output} was annotated with {name} {was}, not {value}; choose another --output")
+            advice = "choose another --output" + (", or --update" if name == "model_id" else "")
+            raise UserError(f"{output} was annotated with {name} {was}, not {value}; {advice}")
     record = {
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(config) | {"archive": public_address(config.archive)},
         "identity": identity,
         "labels": list(checkpoint.labels),
         "num_experts": checkpoint.config.num_experts,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from jobs.cli import JobFailed, checking_input, run
 from jobs.inputs import Folder
-from pipelines.annotate import MANIFEST_DIR
 from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.ledger import audit
+from pipelines.planning import MANIFEST_DIR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from jobs.inputs import BUNDLED_MODEL, load_model, make_output
 from mone.config import ModelConfig
 from pipelines.annotate import CLIPS_PER_TASK, DECODE_MEMORY_BYTES
 from pipelines.archive import Video, list_videos
+from pipelines.storage.address import public_address
 
 _NUM_VIDEOS = 4
 
@@ -78,7 +79,7 @@ def _diagnose(config: Doctor, model: ModelConfig, videos: list[Video], output: P
     if videos:
         seen = examiners.ask("sights", videos)
         silent |= seen.silent
-        later += checks.check_archive(unlike(sights(videos), seen.given), config.archive, len(videos))
+        later += checks.check_archive(unlike(sights(videos), seen.given), public_address(config.archive), len(videos))
     if output:
         with probe_folder(output) as folder:
             written = examiners.ask("write", folder, own_name=True)

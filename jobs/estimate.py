@@ -10,9 +10,11 @@ import pyarrow.compute as pc
 
 from mone.checkpoint import Checkpoint
 from mone.compute import clip_compute
-from pipelines.ledger import read_columns
+from pipelines.limits import DEFAULT_LIMITS, Limits
 from pipelines.predict import Annotator
+from pipelines.row_files import read_columns
 from pipelines.schema import MANIFEST, Status
+from pipelines.storage.signatures import UNSIGNED, Signatures
 from pipelines.tokenize import tokenize_table
 
 _SAMPLE_CLIPS = 16
@@ -57,34 +59,64 @@ class Estimate:
         )
 
 
-def estimate(manifest: Path, checkpoint: Checkpoint, capacity: float) -> Estimate:
-    """Decode and run a sample of the clips, and scale up."""
-    tables = list(read_columns(manifest, MANIFEST.names, MANIFEST))
-    table = pa.concat_tables(tables)
-    readable = table.filter(pc.field("status") == Status.OK.value)
-    chosen = np.unique(np.linspace(0, len(readable) - 1, _SAMPLE_CLIPS).round().astype(int)) if len(readable) else []
-    decode_s, model_s = _measure(readable.take(chosen), checkpoint, capacity) if len(chosen) else (np.zeros(1), 0.0)
+def estimate(
+    manifest: Path,
+    checkpoint: Checkpoint,
+    capacity: float,
+    limits: Limits = DEFAULT_LIMITS,
+    signatures: Signatures = UNSIGNED,
+) -> Estimate:
+    """Decode and run a sample of the clips, and scale up.
+
+    Args:
+        manifest: Folder of the manifest.
+        checkpoint: The model.
+        capacity: Effective capacity e_c.
+        limits: Of each video.
+        signatures: What signed addresses are read with.
+    """
+    videos, clips, readable, hours = 0, 0, 0, 0.0
+    for table in read_columns(manifest, ["video", "status", "start_s", "end_s"], MANIFEST):
+        videos += len(table["video"].unique())
+        clips += len(table)
+        readable += int((np.array(table["status"].to_pylist()) == Status.OK).sum())
+        hours += float((table["end_s"].to_numpy() - table["start_s"].to_numpy()).sum()) / 3600
+    sample = _sample(manifest, readable)
+    decode_s, model_s = (
+        _measure(signatures.sign_table(sample), checkpoint, capacity, limits) if readable else (np.zeros(1), 0.0)
+    )
     margin_s = 1.96 * decode_s.std(ddof=1) / len(decode_s) ** 0.5 if len(decode_s) > 1 else 0.0
     compute = clip_compute(checkpoint.config, capacity)
     return Estimate(
-        videos=len(table["video"].unique()),
-        clips=len(table),
-        planned_failures=len(table) - len(readable),
-        hours=float((table["end_s"].to_numpy() - table["start_s"].to_numpy()).sum()) / 3600,
-        flops=compute.flops * len(readable),
-        dense_flops=compute.dense_flops * len(readable),
+        videos=videos,
+        clips=clips,
+        planned_failures=clips - readable,
+        hours=hours,
+        flops=compute.flops * readable,
+        dense_flops=compute.dense_flops * readable,
         decode_core_s=(
-            max(0.0, decode_s.mean() - margin_s) * len(readable),
-            (decode_s.mean() + margin_s) * len(readable),
+            max(0.0, decode_s.mean() - margin_s) * readable,
+            (decode_s.mean() + margin_s) * readable,
         ),
-        model_s=model_s * len(readable),
-        num_sampled=len(chosen),
+        model_s=model_s * readable,
+        num_sampled=len(sample),
     )
 
 
-def _measure(sample: pa.Table, checkpoint: Checkpoint, capacity: float) -> tuple[np.ndarray, float]:
+def _sample(manifest: Path, readable: int) -> pa.Table:
+    """Clips spread evenly over those that are readable."""
+    places, before, found = np.linspace(0, readable - 1, min(_SAMPLE_CLIPS, readable)).round().astype(int), 0, []
+    for table in read_columns(manifest, MANIFEST.names, MANIFEST):
+        here = table.filter(pc.field("status") == Status.OK.value)
+        found.append(here.take(places[(before <= places) & (places < before + len(here))] - before))
+        before += len(here)
+    return pa.concat_tables(found)
+
+
+def _measure(sample: pa.Table, checkpoint: Checkpoint, capacity: float, limits: Limits) -> tuple[np.ndarray, float]:
     """Seconds of decoding for each clip, and of the model per clip."""
-    decoded = [tokenize_table(sample.slice(index, 1), checkpoint.config) for index in range(len(sample))]
+    clips = (sample.slice(index, 1) for index in range(len(sample)))
+    decoded = [tokenize_table(clip, checkpoint.config, limits=limits) for clip in clips]
     decode_s = np.array([table["decode_ms"][0].as_py() / 1e3 for table in decoded])
     annotator = Annotator(checkpoint, capacity, top_k=1)
     annotator(decoded[0])  # the first call is slower

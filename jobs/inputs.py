@@ -11,6 +11,7 @@ import tyro
 from jobs.cli import UserError, checking_input
 from mone.checkpoint import Checkpoint, read_checkpoint
 from mone.config import ModelConfig
+from pipelines.limits import Limits
 from pipelines.timeline import ClipPlan
 from pipelines.view import TokenOptions
 
@@ -64,6 +65,25 @@ class TokenArguments(ClipOptions):
         if options.drop_static is not None and model.reduces_tokens:
             raise UserError(f"--drop-static cannot be combined with a model of allocation {model.allocation!r}")
         return options
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions:
+    """What reading a video may take; without slots, to be inherited beside other options."""
+
+    timeout_s: float = 30.0
+    """Seconds after which reading a video is ended, plus as many as its clips last (more above 1080p)."""
+    memory_gb: float = 1.0
+    """Memory, in GiB, above which reading a video is ended."""
+
+    def limits(self) -> Limits:
+        """The limits.
+
+        Raises:
+            UserError: Numbers out of range.
+        """
+        with checking_input():
+            return Limits(timeout_s=self.timeout_s, memory_bytes=round(self.memory_gb * 2**30))
 
 
 def load_model(folder: str) -> Checkpoint:

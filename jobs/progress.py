@@ -1,8 +1,8 @@
-"""Progress of an annotation run, read from what is committed: clips done, rate, time left."""
+"""Progress of planning and of annotating, the latter read from what is committed: clips done, rate, time left."""
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,6 +35,13 @@ def clips_progress(annotations: Path, total: int) -> Iterator[None]:
             stop.set()
             watcher.join()
             update()
+
+
+@contextlib.contextmanager
+def videos_progress() -> Iterator[Callable[[int], object]]:
+    """Count videos while they are planned; how many there will be is not known while the archive is listed."""
+    with tqdm(desc="plan", unit="video", smoothing=0.1, mininterval=1) as bar:
+        yield bar.update
 
 
 class _RowCounter:

@@ -17,6 +17,9 @@ from jobs.inputs import make_output
 from pipelines.processes import processes
 from pipelines.synthetic import render, split_seeds, write_clip
 
+# Clips that a process renders at a time: some tenths of a second of work.
+_CHUNK_CLIPS = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Render:
@@ -42,8 +45,9 @@ def render_job(config: Render) -> None:
         seeds = split_seeds(config.split, config.clips)
     output = make_output(config.output)
     write = functools.partial(_write, output=output, size_px=config.size, num_frames=config.frames)
-    with processes() as pool:
-        rows = list(tqdm(pool.imap(write, seeds, chunksize=8), "render", len(seeds), unit="clip", mininterval=1))
+    with processes(-(-config.clips // _CHUNK_CLIPS)) as pool:
+        written = pool.imap(write, seeds, chunksize=_CHUNK_CLIPS)
+        rows = list(tqdm(written, "render", len(seeds), unit="clip", mininterval=1))
     with (output / "labels.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["video", "label", "split"])

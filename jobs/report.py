@@ -4,6 +4,7 @@ python -m jobs.report DIR
 """
 
 import base64
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +21,15 @@ from jobs.inputs import Folder
 from jobs.run_record import read_run
 from mone.capacity import expert_shares
 from mone.checkpoint import CheckpointError, read_checkpoint, write_whole
-from pipelines.annotate import MANIFEST_DIR
+from pipelines.archive import ArchiveError, signatures_of
 from pipelines.commit import ANNOTATIONS_DIR
-from pipelines.ledger import audit, read_columns, totals
+from pipelines.failure import DecodeFailure
+from pipelines.ledger import audit, totals
+from pipelines.planning import MANIFEST_DIR
 from pipelines.preview import expert_colours, preview
-from pipelines.probe import DecodeFailure
+from pipelines.row_files import read_columns
 from pipelines.schema import ANNOTATIONS, MANIFEST, PlannedClip, Status
+from pipelines.storage.signatures import UNSIGNED, Signatures
 
 REPORT_FILE = "report.html"
 
@@ -82,26 +86,33 @@ def _pictures(folder: Path, record: dict[str, Any], count: int) -> tuple[list[_S
         return [], f"{record['config']['model']} holds another model now"
     model, shown = checkpoint.build(), []
     capacity, drop_static = record["identity"]["capacity"], record["config"].get("drop_static")
+    signatures = _signatures(record["identity"]["archive"])
     for clip, row in _choose(folder, count):
+        (readable,) = signatures.sign([clip.video])
         try:
-            pairs = preview(clip, checkpoint, model, capacity, drop_static)
+            pairs = preview(dataclasses.replace(clip, video=readable), checkpoint, model, capacity, drop_static)
         except DecodeFailure:
             continue
         shown.append(_Shown(row=row, pictures=[(_data_uri(plain), _data_uri(drawn)) for plain, drawn in pairs]))
     return shown, "" if shown or not count else "no clip could be decoded"
 
 
+def _signatures(archive: str) -> Signatures:
+    """What the videos are read with, as far as the list that says it is still there."""
+    try:
+        return signatures_of(archive)
+    except ArchiveError:
+        return UNSIGNED
+
+
 def _choose(folder: Path, count: int) -> list[tuple[PlannedClip, dict[str, Any]]]:
     """Clips spread evenly over the rows that are ok, sorted by video."""
-    rows = pa.concat_tables(read_columns(folder / ANNOTATIONS_DIR, ["clip_id", "status", "video"], ANNOTATIONS))
-    ok = sorted(
-        (video, id_)
-        for id_, status, video in zip(*(column.to_pylist() for column in rows.columns), strict=True)
-        if status == Status.OK
-    )
-    if not ok or not count:
+    tables = read_columns(folder / ANNOTATIONS_DIR, ["clip_id", "status", "video"], ANNOTATIONS)
+    ok = pa.concat_tables(table.filter(pc.field("status") == Status.OK.value) for table in tables)
+    if not len(ok) or not count:
         return []
-    wanted = [ok[index][1] for index in np.unique(np.linspace(0, len(ok) - 1, count).round().astype(int))]
+    places = np.unique(np.linspace(0, len(ok) - 1, count).round().astype(int))
+    wanted = ok.sort_by([("video", "ascending"), ("clip_id", "ascending")])["clip_id"].take(places).to_pylist()
     planned = _rows_by_id(folder / MANIFEST_DIR, MANIFEST, wanted)
     annotated = _rows_by_id(folder / ANNOTATIONS_DIR, ANNOTATIONS, wanted)
     return [(PlannedClip(**planned[id_]), annotated[id_]) for id_ in wanted]

@@ -1,4 +1,4 @@
-"""The two graphs of Ray Data: videos -> manifest, and manifest -> annotations."""
+"""The graphs of Ray Data: manifest -> annotations; and videos -> manifest where that is not kept."""
 
 import dataclasses
 import functools
@@ -15,26 +15,33 @@ from ray.data import ActorPoolStrategy, Dataset
 from mone.checkpoint import Checkpoint
 from mone.config import ModelConfig
 from mone.engine.choice import Engine
-from pipelines.archive import Video
-from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, write_remaining
+from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, withdraw, write_remaining
+from pipelines.limits import DEFAULT_LIMITS, Limits
 from pipelines.manifest import plan_video
+from pipelines.planning import MANIFEST_DIR, manifest_table
 from pipelines.predict import Annotator
-from pipelines.schema import MANIFEST
+from pipelines.schema import DECODED, MANIFEST
+from pipelines.storage.signatures import UNSIGNED, Signatures
 from pipelines.timeline import ClipPlan
 from pipelines.tokenize import tokenize_table
+from pipelines.video import Video
 from pipelines.view import WHOLE_CLIPS, TokenOptions
 
-MANIFEST_DIR = "manifest"
-
-_VIDEOS = pa.schema([("uri", pa.string()), ("label", pa.string()), ("split", pa.string())])
+_VIDEOS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("uri", "label", "split")),
+        ("size_bytes", pa.int64()),
+        ("version", pa.string()),
+    ]
+)
 
 # Videos that one task probes: some tenths of a second of work.
 _VIDEOS_PER_TASK = 32
 # Clips of one decoding task, and so of one annotations file: seconds of work, which is what a crash can cost, against
 # tens of milliseconds for a task, a file and its checkpoint.
 CLIPS_PER_TASK = 32
-# Heap of a decoding task: two frames of 8192 x 4320 take 0.9 GB. Ray cannot see heap, so it is asked for.
-DECODE_MEMORY_BYTES = 1 << 30
+# Heap of a decoding task and its child. Ray cannot see heap, so it is asked for.
+DECODE_MEMORY_BYTES = DEFAULT_LIMITS.memory_bytes
 # A write waits for the disk. Its share comes from a model process, so that on two cores, one decoding, one running
 # the model, there is room to write: without it nothing is committed before everything is decoded.
 _WRITE_CPUS = 0.25
@@ -51,6 +58,7 @@ class Settings:
         batch_size: Clips of a forward pass; 0 picks by device.
         num_model_workers: Model processes; 0 means one per GPU, or one per two CPUs where there is no GPU.
         engine: Which code runs the model's blocks.
+        limits: What reading a video may take.
     """
 
     capacity: float
@@ -59,36 +67,41 @@ class Settings:
     batch_size: int = 0
     num_model_workers: int = 0
     engine: Engine = "auto"
+    limits: Limits = DEFAULT_LIMITS
 
 
-def write_manifest(videos: Iterable[Video], plan: ClipPlan, output: Path) -> None:
-    """Probe the videos in parallel and write DIR/manifest, which appears whole or not at all."""
-    partial = output / f"{MANIFEST_DIR}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    plan_stage(videos, plan).write_parquet(str(partial))
-    partial.rename(output / MANIFEST_DIR)
-
-
-def write_annotations(output: Path, checkpoint: Checkpoint, settings: Settings) -> None:
+def write_annotations(
+    output: Path, checkpoint: Checkpoint, settings: Settings, signatures: Signatures = UNSIGNED
+) -> None:
     """Annotate every clip of DIR/manifest that is not committed yet.
 
     Strictly one row out for one row in. Each file is committed whole, so a run that is killed at any moment continues
-    without a loss or a double.
+    without a loss or a double. Rows of clips that are planned no more, or of another model, are taken back first.
+
+    Args:
+        output: DIR.
+        checkpoint: The model.
+        settings: How.
+        signatures: What signed addresses are read with.
     """
     fence(output)
-    if not write_remaining(output, output / MANIFEST_DIR):
-        return
+    withdraw(output, output / MANIFEST_DIR, checkpoint.model_id)
+    if write_remaining(output, output / MANIFEST_DIR):
+        _annotate_remaining(output, checkpoint, settings, signatures)
+    fence(output)
+    shutil.rmtree(output / REMAINING_DIR, ignore_errors=True)
+
+
+def _annotate_remaining(output: Path, checkpoint: Checkpoint, settings: Settings, signatures: Signatures) -> None:
     remaining = ray.data.read_parquet(str(output / REMAINING_DIR), schema=MANIFEST)
     annotated = model_stage(
-        tokenize_stage(remaining, checkpoint.config, settings.tokens),
+        tokenize_stage(remaining, checkpoint.config, settings.tokens, settings.limits, signatures),
         Annotator,
         (checkpoint, settings.capacity, settings.top_k, settings.engine),
         batch_size=settings.batch_size,
         num_workers=settings.num_model_workers,
     )
     annotated.write_datasink(CommittedFiles(output), ray_remote_args={"num_cpus": _WRITE_CPUS})
-    fence(output)
-    shutil.rmtree(output / REMAINING_DIR)
 
 
 def plan_stage(videos: Iterable[Video], plan: ClipPlan) -> Dataset:
@@ -103,20 +116,33 @@ def plan_stage(videos: Iterable[Video], plan: ClipPlan) -> Dataset:
 
 
 def _plan_table(videos: pa.Table, plan: ClipPlan) -> pa.Table:
-    clips = [clip for row in videos.to_pylist() for clip in plan_video(Video(**row), plan)]
-    columns = {name: [getattr(clip, name) for clip in clips] for name in MANIFEST.names}
-    return pa.table(columns, schema=MANIFEST)
+    return manifest_table([clip for row in videos.to_pylist() for clip in plan_video(Video(**row), plan)])
 
 
-def tokenize_stage(manifest: Dataset, config: ModelConfig, options: TokenOptions) -> Dataset:
+def tokenize_stage(
+    manifest: Dataset,
+    config: ModelConfig,
+    options: TokenOptions,
+    limits: Limits = DEFAULT_LIMITS,
+    signatures: Signatures = UNSIGNED,
+) -> Dataset:
     """MANIFEST rows -> DECODED rows, on CPUs."""
     return manifest.repartition(target_num_rows_per_block=CLIPS_PER_TASK).map_batches(
-        functools.partial(tokenize_table, config=config, options=options),
+        functools.partial(_tokenize, config=config, options=options, limits=limits, signatures=signatures),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,  # both decoders run on one thread
-        memory=DECODE_MEMORY_BYTES,
+        memory=min(limits.memory_bytes, DECODE_MEMORY_BYTES),  # what a limit allows beyond that is rarely needed
     )
+
+
+def _tokenize(
+    manifest: pa.Table, config: ModelConfig, options: TokenOptions, limits: Limits, signatures: Signatures
+) -> pa.Table:
+    """Tokenize with signed addresses in place of the public ones, which stand in what comes out."""
+    decoded = tokenize_table(signatures.sign_table(manifest), config, options, limits)
+    place = DECODED.get_field_index("video")
+    return decoded.set_column(place, DECODED.field(place), manifest["video"])
 
 
 def model_stage(

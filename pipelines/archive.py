@@ -1,15 +1,18 @@
-"""Listing an archive: a folder, a glob, a file, or a table with a column `video`."""
+"""Listing an archive: a folder, a glob, a file, or a table with a column `video`; here or elsewhere."""
 
+import dataclasses
 import glob
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
+from pipelines.archive_remote import list_remote
+from pipelines.archive_table import TABLE_EXTENSIONS, list_table, local_path
+from pipelines.storage.address import extension, is_remote, is_web, public_address
+from pipelines.storage.signatures import UNSIGNED, Signatures
+from pipelines.video import ArchiveError, Video
+
+__all__ = ["ArchiveError", "Video", "list_labelled", "list_videos", "signatures_of"]
 
 # Containers that FFmpeg reads and that people keep video in. Tables and globs may name files of any extension.
 VIDEO_EXTENSIONS = frozenset(
@@ -20,46 +23,25 @@ VIDEO_EXTENSIONS = frozenset(
         *(".ogv", ".qt", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".y4m"),
     }
 )
-TABLE_EXTENSIONS = frozenset({".csv", ".parquet", ".jsonl"})
-
-
-class ArchiveError(ValueError):
-    """An archive that cannot be listed; one line that names it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Video:
-    """One video of an archive.
-
-    Attributes:
-        uri: Absolute path.
-        label: Class, "" where the archive names none.
-        split: "train", "val", "test" or whatever the table says; "" where it says nothing.
-    """
-
-    uri: str
-    label: str = ""
-    split: str = ""
 
 
 def list_videos(archive: str, *, split_column: str = "split") -> Iterator[Video]:
-    """The videos of an archive, each path once, in a stable order.
+    """The videos of an archive, each address once, in a stable order. They come while the listing goes on.
 
     Args:
         archive: A folder (searched recursively for video extensions), a glob, one video file, or a .csv, .parquet or
             .jsonl file with a column `video` (and `label`, `split`); relative paths there are relative to that file.
+            The same at s3:// and gs:// addresses; at an https:// address a video or such a file.
         split_column: Column of a table that says which split a video belongs to.
 
     Raises:
         ArchiveError: Nothing there, no video in it, or a table without the column.
     """
-    seen: set[str] = set()
-    for video in _list(archive, split_column):
-        if video.uri not in seen:
-            seen.add(video.uri)
-            yield video
-    if not seen:
-        raise ArchiveError(f"no videos in {archive}")
+    last = None
+    for last in _list(archive, split_column):
+        yield last
+    if last is None:
+        raise ArchiveError(f"no videos in {public_address(archive)}")
 
 
 def list_labelled(data: str, *, split_column: str = "split") -> Iterator[Video]:
@@ -68,46 +50,44 @@ def list_labelled(data: str, *, split_column: str = "split") -> Iterator[Video]:
     Raises:
         ArchiveError: As `list_videos`, or a video without a label.
     """
-    path = Path(local_path(data))
-    if path.is_dir() and (path / "labels.csv").is_file():
-        path = path / "labels.csv"
-    for video in list_videos(str(path), split_column=split_column):
+    root = public_address(data).rstrip("/") if is_remote(data) else str(Path(local_path(data)).resolve())
+    if (Path(root) / "labels.csv").is_file():
+        root = data = str(Path(root) / "labels.csv")
+    for video in list_videos(data, split_column=split_column):
+        below = video.address.removeprefix(f"{root}/")
         label = video.label
-        if path.is_dir():
-            relative = Path(video.uri).relative_to(path.resolve())
-            label = relative.parts[0] if len(relative.parts) > 1 else ""
+        if not label and below != video.address and "/" in below:
+            label = below.partition("/")[0]
         if not label:
-            raise ArchiveError(f"{video.uri} has no label in {data}")
-        yield Video(uri=video.uri, label=label, split=video.split)
+            raise ArchiveError(f"{video.address} has no label in {public_address(data)}")
+        yield dataclasses.replace(video, label=label)
+
+
+def signatures_of(archive: str) -> Signatures:
+    """What the addresses of an archive are to be read with; only tables, and an https:// address, hold such.
+
+    Raises:
+        ArchiveError: As `list_videos`.
+    """
+    may_be_signed = extension(archive) in TABLE_EXTENSIONS or is_web(archive)
+    return Signatures.of(video.uri for video in list_videos(archive)) if may_be_signed else UNSIGNED
 
 
 def _list(archive: str, split_column: str) -> Iterator[Video]:
-    path = Path(local_path(archive))
-    if path.is_dir():
+    path = Path() if is_remote(archive) else Path(local_path(archive))
+    if is_remote(archive):
+        yield from list_remote(archive, split_column, VIDEO_EXTENSIONS)
+    elif path.is_dir():
         yield from _list_folder(path)
     elif path.is_file():
         is_table = path.suffix.lower() in TABLE_EXTENSIONS
-        yield from _list_table(path, split_column) if is_table else [Video(uri=str(path.resolve()))]
+        yield from list_table(str(path), split_column) if is_table else [Video(uri=str(path.resolve()))]
     elif glob.has_magic(str(path)):
-        for match in sorted(glob.iglob(str(path), recursive=True)):  # noqa: PTH207 - absolute patterns too
-            if Path(match).is_file():
-                yield Video(uri=_readable_name(str(Path(match).resolve())))
+        matches = sorted(glob.iglob(str(path), recursive=True))  # noqa: PTH207 - absolute patterns too
+        files = dict.fromkeys(str(Path(match).resolve()) for match in matches if Path(match).is_file())
+        yield from (Video(uri=_readable_name(file)) for file in files)
     else:
         raise ArchiveError(f"no such archive: {archive}")
-
-
-def local_path(uri: str) -> str:
-    """The path of a file:// address or of a plain path.
-
-    Raises:
-        ArchiveError: Another scheme.
-    """
-    scheme, separator, rest = uri.partition("://")
-    if not separator:
-        return uri
-    if scheme != "file":
-        raise ArchiveError(f"cannot read {scheme}:// yet: copy the archive to a disk that all nodes see")
-    return rest
 
 
 def _readable_name(path: str) -> str:
@@ -136,43 +116,3 @@ def _list_folder(folder: Path) -> Iterator[Video]:
         for name in sorted(names):
             if Path(name).suffix.lower() in VIDEO_EXTENSIONS:
                 yield Video(uri=_readable_name(str(Path(parent) / name)))
-
-
-def _list_table(path: Path, split_column: str) -> Iterator[Video]:
-    table = read_table(path)
-    if "video" not in table.column_names:
-        raise ArchiveError(f"{path} has no column 'video'; it has {', '.join(table.column_names) or 'no columns'}")
-    if split_column != "split" and split_column not in table.column_names:
-        raise ArchiveError(f"{path} has no column {split_column!r}; it has {', '.join(table.column_names)}")
-    columns = [_strings(table, name, path) for name in ("video", "label", split_column)]
-    for number, (video, label, split) in enumerate(zip(*columns, strict=True), start=1):
-        if not video:
-            raise ArchiveError(f"{path}: row {number} has no video")
-        yield Video(uri=os.path.normpath(path.resolve().parent / local_path(video)), label=label, split=split)
-
-
-def read_table(path: Path) -> pa.Table:
-    """Read a .csv, .parquet or .jsonl file; text in a .csv is taken as it stands.
-
-    Raises:
-        ArchiveError: A file that is not what its extension says.
-    """
-    try:
-        if path.suffix.lower() == ".csv":
-            text = dict.fromkeys(("video", "label", "split"), pa.string())
-            options = pyarrow.csv.ConvertOptions(column_types=text, strings_can_be_null=False)
-            return pyarrow.csv.read_csv(path, convert_options=options)
-        if path.suffix.lower() == ".jsonl":
-            return pyarrow.json.read_json(path)
-        return pyarrow.parquet.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ArchiveError(f"cannot read {path}: {error}") from error
-
-
-def _strings(table: pa.Table, name: str, path: Path) -> list[str]:
-    if name not in table.column_names:
-        return [""] * len(table)
-    try:
-        return [value or "" for value in table[name].cast(pa.string()).to_pylist()]
-    except (pa.ArrowException, KeyError) as error:
-        raise ArchiveError(f"{path}: column {name!r} is not one column of text") from error

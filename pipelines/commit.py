@@ -14,12 +14,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.data import Datasink
 from ray.data.block import Block, BlockAccessor
 
-from pipelines.ledger import read_columns
+from pipelines.clip_ids import Rows, rows_found
+from pipelines.row_files import has_rows, parquet_files, read_columns
 from pipelines.schema import ANNOTATIONS, MANIFEST
 
 ANNOTATIONS_DIR, STAGING_DIR, REMAINING_DIR = "annotations", ".staging", ".remaining"
@@ -89,26 +91,50 @@ def fence(output: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def committed_ids(output: Path) -> set[str]:
-    """Ids of all rows that are safe."""
-    folder = output / ANNOTATIONS_DIR
-    if next(folder.glob("*.parquet"), None) is None:
-        return set()
-    return {id_ for table in read_columns(folder, ["clip_id"], ANNOTATIONS) for id_ in table["clip_id"].to_pylist()}
-
-
 def write_remaining(output: Path, manifest: Path) -> int:
     """Write the manifest's rows that are not committed to DIR/.remaining; returns how many there are.
 
     Raises:
         LedgerError: A manifest that cannot be read.
     """
-    folder, committed, count = output / REMAINING_DIR, committed_ids(output), 0
+    folder, count = output / REMAINING_DIR, 0
     shutil.rmtree(folder, ignore_errors=True)
+    committed = rows_found(Rows(manifest, MANIFEST), Rows(output / ANNOTATIONS_DIR, ANNOTATIONS))
     for number, table in enumerate(read_columns(manifest, MANIFEST.names, MANIFEST)):
-        left = table.filter(pa.array(id_ not in committed for id_ in table["clip_id"].to_pylist()))
+        left = table.filter(pa.array(~committed[number]))
         for start in range(0, len(left), _ROWS_PER_FILE):
             folder.mkdir(exist_ok=True)
             pq.write_table(left.slice(start, _ROWS_PER_FILE), folder / f"{number:06d}-{start:09d}.parquet")
         count += len(left)
     return count
+
+
+def withdraw(output: Path, manifest: Path, model_id: str) -> None:
+    """Take back the rows of clips that are planned no more, and those of another model.
+
+    Raises:
+        LedgerError: A file that cannot be read.
+    """
+    annotations = Rows(output / ANNOTATIONS_DIR, ANNOTATIONS)
+    if not has_rows(annotations.folder):
+        return
+    planned = rows_found(annotations, Rows(manifest, MANIFEST))
+    models = read_columns(annotations.folder, ["model_id"], ANNOTATIONS)
+    current = [np.array([of == model_id for of in table["model_id"].to_pylist()], dtype=bool) for table in models]
+    keep_rows(output, annotations, [here & ours for here, ours in zip(planned, current, strict=True)])
+
+
+def keep_rows(output: Path, rows: Rows, kept: list[np.ndarray]) -> None:
+    """Leave only some rows of each file. A file changes by one rename, so that a kill loses nothing.
+
+    Args:
+        output: Of the run.
+        rows: A table in it.
+        kept: For each file which rows stay, bool.
+    """
+    files = StagedFiles(output, rows.folder.name)
+    for path, mask in zip(parquet_files(rows.folder), kept, strict=True):
+        if not mask.any():
+            path.unlink()
+        elif not mask.all():
+            files.commit(path.name, pq.read_table(path, schema=rows.schema).filter(pa.array(mask)))

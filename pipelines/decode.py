@@ -2,11 +2,16 @@
 
 Frames are scaled in the decoder (bicubic, short side to the model's size) and cropped at the centre, the usual test
 view of video models. Neither decoder lives longer than one call: an idle decord reader decodes ahead without limit.
+
+Both turn frames as the file says and convert colours by its range and matrix. Their pictures differ by rounding (at
+most 2 of 255) where chroma is whole; where it is halved, by a mean of 2, and of 5 after a quarter turn, of the sharpest
+pictures there are (tests/pipelines/test_decode.py measures it).
 """
 
+import dataclasses
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -14,8 +19,10 @@ import av.error
 import numpy as np
 from av.video.frame import VideoFrame
 
-from pipelines.probe import Damage, DecodeFailure, decode_frames, first_pts, open_video, tick_s
+from pipelines.failure import DecodeFailure
+from pipelines.probe import Damage, decode_frames, first_pts, open_video, tick_s
 from pipelines.schema import Status
+from pipelines.storage.address import is_remote
 from pipelines.timeline import frames_at, instants
 from pipelines.view import View
 
@@ -45,19 +52,24 @@ decord = _import_decord()
 _DECORD_CONTAINERS = frozenset({"mov", "matroska"})
 _DECORD_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "ffv1", "mjpeg"})
 
+# To open a file decord reads all of it, and it is opened anew for every few clips. 32 clips of 2 s of a video of ten
+# hours (320x320 H.264, 2 GB) took 12 to 19 s and 546 MB, with PyAV 1.4 s and 216 MB (one core of two, 2026-11-26).
+_DECORD_MAX_S = 300.0
+
 # Frames that decord returns in one batch; bounds memory when many clips share a file.
 _MAX_BATCH_FRAMES = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A file and what the probe says of it: size as displayed, FFmpeg's names of container and codec."""
+    """A file and what the probe says of it: size as displayed, FFmpeg's names of container and codec, length."""
 
-    path: str
+    path: str = field(repr=False)  # it may be signed
     width_px: int
     height_px: int
     container: str
     codec: str
+    duration_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +80,18 @@ class Clip:
         frames_THWC: uint8 RGB [T, H, W, 3].
         decoder: "decord" or "pyav".
         note: What was unusual: why decord was passed over, damaged packets, instants past the last frame.
+        repeated_share: Of the steps from one frame of the file to another, those at which no pixel changes: the scene
+            stands still, or the decoder repeats a frame for one that it cannot decode.
     """
 
     frames_THWC: np.ndarray = field(repr=False)
     decoder: str
     note: str = ""
+    repeated_share: float = 0.0
+
+    def with_note(self, note: str) -> "Clip":
+        """The same clip with a note before its own."""
+        return dataclasses.replace(self, note="; ".join(filter(None, (note, self.note))))
 
 
 class DecoderUnfit(Exception):  # noqa: N818 - the next decoder's turn
@@ -83,42 +102,49 @@ Outcome = Clip | DecodeFailure
 Decoder = Callable[[Source, Sequence[tuple[float, float]], View], list[Outcome]]
 
 
-def decode_clips(source: Source, spans: Sequence[tuple[float, float]], view: View) -> list[Outcome]:
+def decode_clips(
+    source: Source,
+    spans: Sequence[tuple[float, float]],
+    view: View,
+    decoders: Collection[str] = (),
+) -> list[Outcome]:
     """Decode spans of one video; every span gets its frames or the reason why not, in order.
 
     Args:
         source: The file.
         spans: Half-open (start_s, end_s) in seconds of presentation time.
         view: Frames and size wanted.
+        decoders: The chain, each taking over where the one before cannot serve the file; default DECODERS.
     """
     reasons: list[str] = []
-    for name, decoder in DECODERS.items():
+    for name in decoders or DECODERS:
         try:
-            outcomes = decoder(source, spans, view)
+            outcomes = DECODERS[name](source, spans, view)
         except DecoderUnfit as unfit:
             reasons.append(f"{name}: {unfit}")
         except DecodeFailure as failure:
             return [failure] * len(spans)
         except MemoryError:
             return [DecodeFailure(Status.UNSUPPORTED, "not enough memory for its frames")] * len(spans)
+        except Exception as error:  # a damaged file can fail anywhere in the bindings
+            reasons.append(f"{name}: {type(error).__name__}: {error}")
         else:
-            return [_with_note(outcome, reasons) for outcome in outcomes]
+            note = "; ".join(reasons)
+            return [outcome.with_note(note) if isinstance(outcome, Clip) else outcome for outcome in outcomes]
     return [DecodeFailure(Status.DECODE_ERROR, "; ".join(reasons))] * len(spans)
-
-
-def _with_note(outcome: Outcome, reasons: list[str]) -> Outcome:
-    if isinstance(outcome, DecodeFailure) or not reasons:
-        return outcome
-    note = "; ".join([*reasons, outcome.note] if outcome.note else reasons)
-    return Clip(frames_THWC=outcome.frames_THWC, decoder=outcome.decoder, note=note)
 
 
 def _decode_decord(source: Source, spans: Sequence[tuple[float, float]], view: View) -> list[Outcome]:
     if source.container not in _DECORD_CONTAINERS or source.codec not in _DECORD_CODECS:
         raise DecoderUnfit(f"{source.codec} in {source.container} is left to PyAV")
+    if is_remote(source.path):
+        raise DecoderUnfit("a remote file is left to PyAV, which reads only what a clip needs")
+    if source.duration_s > _DECORD_MAX_S:
+        raise DecoderUnfit("a long file is left to PyAV, which need not read all of it")
     width_px, height_px = view.scaled_size(source.width_px, source.height_px)
     try:
-        reader = decord.VideoReader(source.path, width=width_px, height=height_px, num_threads=1)
+        # More than one frame that it would show in place of a damaged one, and it is PyAV's turn, which tells of them.
+        reader = decord.VideoReader(source.path, width=width_px, height=height_px, num_threads=1, fault_tol=1)
         starts_s, ends_s = np.asarray(reader.get_frame_timestamp(range(len(reader))), dtype=np.float64).T
     except Exception as error:  # decord raises its own, RuntimeError and more
         raise DecoderUnfit(_decord_reason(error)) from error
@@ -145,9 +171,19 @@ def _decode_decord(source: Source, spans: Sequence[tuple[float, float]], view: V
         chosen.append(frames_at(times_s, starts_s) if shown else _nothing_there(span, ends_s[-1]))
         notes.append(_short_note(shown, len(times_s)))
     return [
-        index_T if isinstance(index_T, DecodeFailure) else Clip(frames_THWC=frames, decoder="decord", note=note)
+        index_T if isinstance(index_T, DecodeFailure) else _clip(frames, index_T, "decord", note)
         for index_T, frames, note in zip(chosen, _fetch(chosen, frames_of), notes, strict=True)
     ]
+
+
+def _clip(frames_THWC: np.ndarray, index_T: np.ndarray, decoder: str, note: str) -> Clip:
+    """A clip of frames that are known by a number each."""
+    coarse = frames_THWC[:, ::16, ::16]
+    is_step = np.diff(index_T) != 0
+    maybe_same = np.flatnonzero(is_step & (coarse[1:] == coarse[:-1]).all(axis=(1, 2, 3)))
+    num_same = sum(np.array_equal(frames_THWC[step], frames_THWC[step + 1]) for step in maybe_same)
+    repeated_share = num_same / max(1, int(is_step.sum()))
+    return Clip(frames_THWC=frames_THWC, decoder=decoder, note=note, repeated_share=repeated_share)
 
 
 def _fetch(
@@ -284,8 +320,9 @@ def _assemble(span: tuple[float, float], pictures: list[np.ndarray | None], pass
     notes = [_short_note(len(shown), len(pictures))]
     if damages:
         notes.append(f"partial: {len(damages)} damaged packets skipped ({damages[0].reason})")
-    frames_THWC = np.stack(shown + [shown[-1]] * (len(pictures) - len(shown)))
-    return Clip(frames_THWC=frames_THWC, decoder="pyav", note="; ".join(filter(None, notes)))
+    padded = shown + [shown[-1]] * (len(pictures) - len(shown))
+    index_T = np.array([id(picture) for picture in padded])  # a frame on display for long is one picture
+    return _clip(np.stack(padded), index_T, "pyav", "; ".join(filter(None, notes)))
 
 
 def _nothing_there(span: tuple[float, float], end_s: float) -> DecodeFailure:

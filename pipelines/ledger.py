@@ -1,57 +1,16 @@
-"""Reading what was written: totals of a run, and the proof that nothing is missing or double."""
+"""What was written, summed up: totals of a run, and the proof that nothing is missing or double."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from pipelines.clip_ids import all_parts, are_in, num_parts
+from pipelines.row_files import parquet_files, read_columns
 from pipelines.schema import ANNOTATIONS, MANIFEST, Status
-
-
-class LedgerError(ValueError):
-    """A folder that is not, or not yet, what a job left; one line that names it."""
-
-
-def parquet_files(folder: Path) -> list[Path]:
-    """The parquet files of a folder, sorted.
-
-    Raises:
-        LedgerError: No such folder, or none in it.
-    """
-    files = sorted(folder.glob("*.parquet"))
-    if not files:
-        raise LedgerError(f"no parquet files in {folder}; run `python -m jobs.annotate` first")
-    return files
-
-
-def read_columns(folder: Path, columns: list[str], schema: pa.Schema) -> Iterator[pa.Table]:
-    """Some columns of each file in turn, so that memory does not grow with the archive.
-
-    Raises:
-        LedgerError: A file that cannot be read or lacks a column; it is named.
-    """
-    for path in parquet_files(folder):
-        try:
-            lacking = set(columns) - set(pq.read_schema(path).names)
-            if lacking:
-                raise LedgerError(f"{path} has no column {', '.join(sorted(lacking))}")
-            yield pq.read_table(path, columns=columns, schema=schema)
-        except (pa.ArrowException, OSError) as error:
-            raise LedgerError(f"cannot read {path}: {error}") from error
-
-
-def count_rows(folder: Path) -> int:
-    """Rows in the parquet files of a folder.
-
-    Raises:
-        LedgerError: A file that cannot be read, or none.
-    """
-    return sum(len(table) for table in read_columns(folder, ["clip_id"], MANIFEST))
 
 
 @dataclass(slots=True)
@@ -79,30 +38,28 @@ class Audit:
 
 
 def audit(manifest: Path, annotations: Path) -> Audit:
-    """Compare the ids of both tables.
+    """Compare the ids of both tables, in bounded memory.
 
     Raises:
         LedgerError: A table that is missing or cannot be read.
     """
-    planned = _count_ids(manifest, MANIFEST)
-    annotated = _count_ids(annotations, ANNOTATIONS) if annotations.is_dir() else Counter()
-    doubled = {id_ for ids in (planned, annotated) for id_, count in ids.items() if count > 1}
-    return Audit(
-        planned=planned.total(),
-        annotated=annotated.total(),
-        missing=sorted(planned.keys() - annotated.keys()),
-        doubled=sorted(doubled),
-        unknown=sorted(annotated.keys() - planned.keys()),
-    )
+    parquet_files(manifest)
+    found, parts = Audit(), num_parts(manifest, annotations)
+    for planned, annotated in zip(
+        all_parts(manifest, MANIFEST, parts), all_parts(annotations, ANNOTATIONS, parts), strict=True
+    ):
+        found.planned += len(planned)
+        found.annotated += len(annotated)
+        found.missing += _names(planned[~are_in(planned, annotated)])
+        found.unknown += _names(annotated[~are_in(annotated, planned)])
+        found.doubled += _names(np.concatenate([ids[1:][ids[1:] == ids[:-1]] for ids in (planned, annotated)]))
+    for names in (found.missing, found.doubled, found.unknown):
+        names.sort()
+    return found
 
 
-def _count_ids(folder: Path, schema: pa.Schema) -> Counter[str]:
-    ids: Counter[str] = Counter()
-    if next(folder.glob("*.parquet"), None) is None and schema is ANNOTATIONS:
-        return ids
-    for table in read_columns(folder, ["clip_id"], schema):
-        ids.update(table["clip_id"].to_pylist())
-    return ids
+def _names(ids: np.ndarray) -> list[str]:
+    return [id_.decode() for id_ in np.unique(ids).tolist()]
 
 
 @dataclass(slots=True)

@@ -5,8 +5,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from pipelines.archive import Video
-from pipelines.decode import Outcome, Source, decode_clips
-from pipelines.probe import DecodeFailure, VideoInfo, file_identity, probe
+from pipelines.decode import Outcome, Source
+from pipelines.failure import DecodeFailure
+from pipelines.guarded import Decoded, Request, decode_guarded, probe_guarded
+from pipelines.limits import DEFAULT_LIMITS, Limits
+from pipelines.probe import VideoInfo, file_identity
 from pipelines.schema import PlannedClip, Status
 from pipelines.timeline import ClipPlan
 from pipelines.view import View
@@ -18,20 +21,21 @@ def clip_id(video: str, size_bytes: int, version: str, start_s: float, end_s: fl
     return hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:20]
 
 
-def plan_video(video: Video, plan: ClipPlan) -> list[PlannedClip]:
+def plan_video(video: Video, plan: ClipPlan, limits: Limits = DEFAULT_LIMITS) -> list[PlannedClip]:
     """Probe a video and cut it into clips; one that cannot be probed is one clip of an empty span, with the reason."""
-    size_bytes, version = 0, ""
+    size_bytes, version = video.size_bytes, video.version
     try:
-        size_bytes, version = file_identity(video.uri)
-        info = probe(video.uri)
+        if not (size_bytes and version):  # an empty file fails here
+            size_bytes, version = file_identity(video.uri)
+        info = probe_guarded(video.uri, size_bytes, limits)
         spans, status, error = plan.spans(info.duration_s), Status.OK, ""
     except DecodeFailure as failure:
         info = VideoInfo(duration_s=0.0, fps=0.0, width_px=0, height_px=0, container="", codec="", note="")
         spans, status, error = [(0.0, 0.0)], failure.status, str(failure)
     return [
         PlannedClip(
-            clip_id=clip_id(video.uri, size_bytes, version, start_s, end_s),
-            video=video.uri,
+            clip_id=clip_id(video.address, size_bytes, version, start_s, end_s),
+            video=video.address,
             start_s=start_s,
             end_s=end_s,
             label=video.label,
@@ -59,6 +63,7 @@ def source_of(clip: PlannedClip) -> Source:
         height_px=clip.height_px,
         container=clip.container,
         codec=clip.codec,
+        duration_s=clip.duration_s,
     )
 
 
@@ -68,21 +73,36 @@ def by_video(clips: Iterable[PlannedClip]) -> Iterator[list[PlannedClip]]:
         yield list(same_video)
 
 
-def decode_planned(clips: Sequence[PlannedClip], view: View) -> list[Outcome]:
-    """Decode rows of a manifest, one outcome each, in order; neighbours of one video share a pass over it.
+def decode_planned(clips: Sequence[PlannedClip], view: View, limits: Limits = DEFAULT_LIMITS) -> list[Outcome]:
+    """Decode rows of a manifest, one outcome each, in order; neighbours of one video share a pass over it."""
+    return [outcome for _, decoded in decode_videos(clips, view, limits) for outcome in decoded.outcomes]
+
+
+def decode_videos(
+    clips: Iterable[PlannedClip], view: View, limits: Limits = DEFAULT_LIMITS
+) -> Iterator[tuple[list[PlannedClip], Decoded]]:
+    """As `decode_planned`, video by video: its clips and their outcomes; the next is decoded while one is used.
 
     A file that has changed since it was planned is a failure: its clips are not what the manifest says.
     """
-    return [outcome for same_video in by_video(clips) for outcome in _decode_video(same_video, view)]
+    videos = [(same_video, _failure(same_video[0])) for same_video in by_video(clips)]
+    requests = [
+        Request(source_of(same_video[0]), [(clip.start_s, clip.end_s) for clip in same_video])
+        for same_video, failure in videos
+        if failure is None
+    ]
+    decoded = decode_guarded(requests, view, limits)
+    for same_video, failure in videos:
+        yield same_video, next(decoded) if failure is None else Decoded([failure] * len(same_video), 0.0)
 
 
-def _decode_video(clips: list[PlannedClip], view: View) -> list[Outcome]:
-    first = clips[0]
+def _failure(clip: PlannedClip) -> DecodeFailure | None:
+    """Why there is nothing to decode."""
+    if clip.status != Status.OK:
+        return DecodeFailure(Status(clip.status), clip.error)
     try:
-        if first.status != Status.OK:
-            raise DecodeFailure(Status(first.status), first.error)
-        if file_identity(first.video) != (first.size_bytes, first.version):
-            raise DecodeFailure(Status.MISSING, "the file has changed since it was planned; plan again")
+        if file_identity(clip.video) == (clip.size_bytes, clip.version):
+            return None
     except DecodeFailure as failure:
-        return [failure] * len(clips)
-    return decode_clips(source_of(first), [(clip.start_s, clip.end_s) for clip in clips], view)
+        return failure
+    return DecodeFailure(Status.MISSING, "the file has changed since it was planned; plan again")

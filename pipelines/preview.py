@@ -12,7 +12,8 @@ from mone.checkpoint import Checkpoint
 from mone.model import ViViT
 from mone.static import kept_patches
 from mone.tubelets import to_patches
-from pipelines.decode import Clip, decode_clips
+from pipelines.decode import Clip
+from pipelines.guarded import Request, decode_guarded
 from pipelines.manifest import source_of
 from pipelines.schema import PlannedClip
 from pipelines.tokenize import view_of
@@ -84,7 +85,8 @@ def preview(
 
 
 def _decoded(clip: PlannedClip, view: View) -> np.ndarray:
-    outcome = decode_clips(source_of(clip), [(clip.start_s, clip.end_s)], view)[0]
+    (decoded,) = decode_guarded([Request(source_of(clip), [(clip.start_s, clip.end_s)])], view)
+    (outcome,) = decoded.outcomes
     if not isinstance(outcome, Clip):
         raise outcome
     return outcome.frames_THWC

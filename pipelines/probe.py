@@ -13,7 +13,10 @@ from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from pipelines.failure import DecodeFailure
 from pipelines.schema import Status
+from pipelines.storage.address import is_remote
+from pipelines.storage.ranged import RangedFile, fetch
 
 # 8K x 8K. A few kilobytes on disk can hold a frame that takes gigabytes of memory.
 MAX_FRAME_PIXELS = 8192 * 8192
@@ -21,18 +24,6 @@ MAX_FRAME_PIXELS = 8192 * 8192
 _TS_PACKET_BYTES = (188, 192)  # the second in .m2ts
 
 logging.set_level(logging.PANIC)  # failures become rows; FFmpeg's own lines would drown the progress
-
-
-class DecodeFailure(Exception):  # noqa: N818 - becomes a row
-    """A video, or a clip of it, that cannot be shown.
-
-    Attributes:
-        status: The row's status.
-    """
-
-    def __init__(self, status: Status, message: str) -> None:
-        super().__init__(" ".join(message.split()))
-        self.status = status
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,17 +48,25 @@ class VideoInfo:
 
 
 def file_identity(path: str) -> tuple[int, str]:
-    """Size in bytes and version (modification time in ns) of a file.
+    """Size in bytes and version of a file: its modification time in ns, or what its store calls a version.
 
     Raises:
         DecodeFailure: `missing`, or `empty` for zero bytes.
     """
+    if is_remote(path):
+        _, size_bytes, version = fetch(path, 0, 1)
+    else:
+        size_bytes, version = _local_identity(path)
+    if size_bytes == 0:
+        raise DecodeFailure(Status.EMPTY, "the file has 0 bytes")
+    return size_bytes, version
+
+
+def _local_identity(path: str) -> tuple[int, str]:
     try:
         stat = os.stat(path)  # noqa: PTH116 - a str keeps what the archive said
     except OSError as error:
         raise DecodeFailure(Status.MISSING, f"{error.strerror}") from error
-    if stat.st_size == 0:
-        raise DecodeFailure(Status.EMPTY, "the file has 0 bytes")
     return stat.st_size, str(stat.st_mtime_ns)
 
 
@@ -78,7 +77,7 @@ def open_video(path: str) -> tuple[InputContainer, VideoStream]:
         DecodeFailure: Not a video, no video stream, or frames too large.
     """
     try:
-        container = av.open(path, metadata_errors="ignore")
+        container = av.open(RangedFile(path) if is_remote(path) else path, "r", metadata_errors="ignore")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise DecodeFailure(Status.DECODE_ERROR, f"cannot open: {_reason(error)}") from error
     try:
@@ -89,6 +88,7 @@ def open_video(path: str) -> tuple[InputContainer, VideoStream]:
             raise DecodeFailure(Status.UNSUPPORTED, f"a still picture ({container.format.name}), not a video")
         if stream.codec_context is None:
             raise DecodeFailure(Status.UNSUPPORTED, "a codec that FFmpeg does not know")
+        stream.codec_context.thread_count = 1  # by default one for each core, in each of the workers of a node
         if stream.codec_context.width * stream.codec_context.height > MAX_FRAME_PIXELS:
             size = f"{stream.codec_context.width}x{stream.codec_context.height}"
             raise DecodeFailure(Status.UNSUPPORTED, f"frames of {size} exceed {MAX_FRAME_PIXELS} pixels")
@@ -110,14 +110,14 @@ def probe(path: str) -> VideoInfo:
     container, stream = open_video(path)
     with container:
         try:
-            return _describe(container, stream)
+            return _describe(path, container, stream)
         except DecodeFailure:
             raise
         except Exception as error:
             raise DecodeFailure(Status.DECODE_ERROR, f"no frame can be decoded: {_reason(error)}") from error
 
 
-def _describe(container: InputContainer, stream: VideoStream) -> VideoInfo:
+def _describe(path: str, container: InputContainer, stream: VideoStream) -> VideoInfo:
     damages: list[Damage] = []
     frame = next(decode_frames(container, stream, damages), None)
     if frame is None and damages:
@@ -127,7 +127,7 @@ def _describe(container: InputContainer, stream: VideoStream) -> VideoInfo:
     upright = frame.rotation % 180 == 0
     width_px, height_px = (frame.width, frame.height) if upright else (frame.height, frame.width)
     stated_s = _stated_duration_s(container, stream)
-    readable_s = _readable_duration_s(container, stream, stated_s)
+    readable_s = _readable_duration_s(path, container, stream, stated_s)
     return VideoInfo(
         duration_s=readable_s,
         fps=float(stream.average_rate or stream.guessed_rate or 0),
@@ -213,7 +213,7 @@ def container_name(container: InputContainer) -> str:
     return container.format.name.split(",")[0]
 
 
-def _readable_duration_s(container: InputContainer, stream: VideoStream, stated_s: float) -> float:
+def _readable_duration_s(path: str, container: InputContainer, stream: VideoStream, stated_s: float) -> float:
     """Trust the header, but look: demux the last second; where nothing is there, demux everything."""
     end_s = 0.0
     if stated_s:
@@ -221,7 +221,7 @@ def _readable_duration_s(container: InputContainer, stream: VideoStream, stated_
         end_s = _last_end_s(container, stream, near_end)
     if not stated_s or end_s < stated_s - 1.0:
         end_s = max(end_s, _last_end_s(container, stream, first_pts(stream)))
-    return end_s or _untimed_duration_s(container.name)
+    return end_s or _untimed_duration_s(path)
 
 
 def _last_end_s(container: InputContainer, stream: VideoStream, from_pts: int) -> float:

@@ -10,10 +10,10 @@ class Status(StrEnum):
     """How a clip ended."""
 
     OK = "ok"
-    DECODE_ERROR = "decode_error"  # the file is damaged, or is no video
+    DECODE_ERROR = "decode_error"  # the file is damaged, is no video, or crashed its decoder
     TIMEOUT = "timeout"  # a limit on time was reached
     EMPTY = "empty"  # zero bytes, or a stream without frames
-    UNSUPPORTED = "unsupported"  # no video stream, a still picture, too many pixels
+    UNSUPPORTED = "unsupported"  # no video stream, a still picture, too many pixels, more memory than it may take
     MISSING = "missing"  # nothing at this path
     MODEL_ERROR = "model_error"  # decoded, but the model failed
 
@@ -62,6 +62,7 @@ DECODED = pa.schema(
         *MANIFEST,
         ("decoder", pa.string()),
         ("decode_ms", pa.float32()),
+        ("repeated_share", pa.float32()),
         ("patches", pa.large_binary()),  # uint8 [V, F, N, P] for V views, or [K, P] where static ones were dropped
         ("kept", pa.large_binary()),  # int32 [K], the places f N + n of those; null: all are there
     ]
@@ -87,6 +88,7 @@ ANNOTATIONS = pa.schema(
         ("dense_flops", pa.int64()),
         ("decoder", pa.string()),
         ("decode_ms", pa.float32()),
+        ("repeated_share", pa.float32()),  # of steps between frames, those without a change; null unless decoded
         ("model_ms", pa.float32()),
         ("model_id", pa.string()),
         ("true_label", pa.string()),  # the archive's own label, "" where there is none

@@ -20,6 +20,8 @@ from pipelines.view import View
 
 # A patch is moving where so many of its pixels are.
 _MOVING_SHARE = 0.05
+# Clips that a process renders at a time: some tenths of a second of work.
+_CHUNK_CLIPS = 16
 
 
 def motions(split: str, count: int, view: View, *, num_workers: int | None = None) -> MemoryClips:
@@ -31,10 +33,10 @@ def motions(split: str, count: int, view: View, *, num_workers: int | None = Non
     seeds = split_seeds(split, count)
     shape = (count, view.num_frames, view.height_px, view.width_px, 3)
     # Workers write into one mapped file: gigabytes would queue at a pipe. Its name goes now, its pages with the tensor.
-    with tempfile.NamedTemporaryFile() as file, processes(num_workers) as pool:
+    with tempfile.NamedTemporaryFile() as file, processes(-(-count // _CHUNK_CLIPS), num_workers) as pool:
         frames_STHWC = np.memmap(file.name, np.uint8, "w+", shape=shape)
         into = functools.partial(_render_into, path=file.name, shape=shape, eased=split == "train")
-        rendered = pool.imap_unordered(into, enumerate(seeds), chunksize=16)
+        rendered = pool.imap_unordered(into, enumerate(seeds), chunksize=_CHUNK_CLIPS)
         for _ in tqdm(rendered, f"render {split}", count, unit="clip", mininterval=2):
             pass
     labels_S = torch.tensor([seed % len(MOTIONS) for seed in seeds])
@@ -57,8 +59,8 @@ def motions_moving(split: str, count: int, config: ModelConfig, *, num_workers: 
     if split == "train":
         raise ValueError("where things move is known of the held-out splits, not of 'train'")
     seeds = split_seeds(split, count)
-    with processes(num_workers) as pool:
-        moving = pool.imap(functools.partial(_moving, config=config), seeds, chunksize=16)
+    with processes(-(-count // _CHUNK_CLIPS), num_workers) as pool:
+        moving = pool.imap(functools.partial(_moving, config=config), seeds, chunksize=_CHUNK_CLIPS)
         masks = [*tqdm(moving, f"motion of {split}", count, unit="clip", mininterval=2)]
     return torch.from_numpy(np.stack(masks))
 

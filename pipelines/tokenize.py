@@ -1,7 +1,6 @@
 """The decoding stage: manifest rows to uint8 patches, row for row."""
 
 import dataclasses
-import time
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -12,9 +11,9 @@ from mone.config import ModelConfig
 from mone.static import kept_patches
 from mone.tubelets import to_patches
 from pipelines.decode import Clip, Outcome
-from pipelines.manifest import by_video, decode_planned
-from pipelines.probe import DecodeFailure
-from pipelines.schema import DECODED, PlannedClip, Status
+from pipelines.limits import DEFAULT_LIMITS, Limits
+from pipelines.manifest import decode_videos
+from pipelines.schema import DECODED, PlannedClip
 from pipelines.view import WHOLE_CLIPS, TokenOptions, View
 
 
@@ -23,7 +22,12 @@ def view_of(config: ModelConfig, views: int = 1) -> View:
     return View(num_frames=config.num_frames, height_px=config.height_px, width_px=config.width_px, crops=views)
 
 
-def tokenize_table(manifest: pa.Table, config: ModelConfig, options: TokenOptions = WHOLE_CLIPS) -> pa.Table:
+def tokenize_table(
+    manifest: pa.Table,
+    config: ModelConfig,
+    options: TokenOptions = WHOLE_CLIPS,
+    limits: Limits = DEFAULT_LIMITS,
+) -> pa.Table:
     """Decode and cut planned clips: MANIFEST rows to DECODED rows, one for one, in order.
 
     Neighbouring rows of one video share one pass over it. Nothing raises: a clip that cannot be decoded is a row with
@@ -33,32 +37,23 @@ def tokenize_table(manifest: pa.Table, config: ModelConfig, options: TokenOption
         manifest: Rows of the manifest.
         config: The model whose patches are wanted.
         options: Views, and whether static patches are dropped.
+        limits: Of each video.
     """
     clips = [PlannedClip(**row) for row in manifest.to_pylist()]
     rows = []
-    for same_video in by_video(clips):
-        rows.extend(_tokenize_video(same_video, config, options))
+    for same_video, decoded in decode_videos(clips, view_of(config, options.views), limits):
+        decode_ms = decoded.decode_s * 1e3 / len(same_video)
+        for clip, outcome in zip(same_video, decoded.outcomes, strict=True):
+            rows.append(_row(clip, outcome, config, options) | {"decode_ms": decode_ms})
     return pa.Table.from_pylist(rows, schema=DECODED)
 
 
-def _tokenize_video(clips: list[PlannedClip], config: ModelConfig, options: TokenOptions) -> list[dict]:
-    if clips[0].status != Status.OK:
-        return [_row(clip, DecodeFailure(Status(clip.status), clip.error), config, options) for clip in clips]
-    started_s = time.perf_counter()
-    outcomes = decode_planned(clips, view_of(config, options.views))
-    decode_ms = (time.perf_counter() - started_s) * 1e3 / len(clips)
-    return [
-        _row(clip, outcome, config, options) | {"decode_ms": decode_ms}
-        for clip, outcome in zip(clips, outcomes, strict=True)
-    ]
-
-
 def _row(clip: PlannedClip, outcome: Outcome, config: ModelConfig, options: TokenOptions) -> dict:
-    row = dataclasses.asdict(clip) | {"decode_ms": 0.0, "decoder": "", "patches": None, "kept": None}
+    row = dataclasses.asdict(clip) | {"decoder": "", "patches": None, "kept": None, "repeated_share": None}
     if not isinstance(outcome, Clip):
         return row | {"status": outcome.status.value, "error": str(outcome)}
     note = "; ".join(filter(None, (clip.note, outcome.note)))
-    row |= {"decoder": outcome.decoder, "note": note}
+    row |= {"decoder": outcome.decoder, "note": note, "repeated_share": outcome.repeated_share}
     views = view_of(config, options.views).windows(outcome.frames_THWC)
     patches_VFNP = np.stack([to_patches(frames_THWC, config) for frames_THWC in views])
     if options.drop_static is None:

@@ -1,7 +1,9 @@
-"""Labelled videos as training clips in memory, decoded once, in as many processes as there are cores; no Ray."""
+"""Labelled videos as training clips in memory, decoded once, in up to as many processes as there are cores; no Ray."""
 
 import functools
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -10,9 +12,9 @@ from tqdm import tqdm
 
 from mone.clips import MemoryClips
 from pipelines.archive import Video
-from pipelines.decode import Clip, decode_clips
-from pipelines.manifest import plan_video, source_of
-from pipelines.processes import processes
+from pipelines.child import num_children
+from pipelines.decode import Clip
+from pipelines.manifest import decode_planned, plan_video
 from pipelines.schema import Status
 from pipelines.timeline import ClipPlan
 from pipelines.view import View
@@ -36,9 +38,10 @@ def in_memory(
     classes: list[int] = []
     failures: dict[str, str] = {}
     index_of = {label: index for index, label in enumerate(labels)}
-    with processes(num_workers) as pool:
+    num_workers = num_workers or num_children(len(videos), os.cpu_count() or 1)
+    with ThreadPoolExecutor(num_workers) as pool:  # each thread has a process that decodes
         read = functools.partial(_read, plan=plan, view=view)
-        outcomes = tqdm(pool.imap(read, videos, chunksize=4), "decode", len(videos), unit="video", mininterval=2)
+        outcomes = tqdm(pool.map(read, videos), "decode", len(videos), unit="video", mininterval=2)
         for video, outcome in zip(videos, outcomes, strict=True):
             failures |= outcome.failures
             frames += [torch.from_numpy(clip) for clip in outcome.clips]
@@ -56,7 +59,7 @@ def _read(video: Video, plan: ClipPlan, view: View) -> _Read:
     planned = plan_video(video, plan)
     if planned[0].status != Status.OK:
         return _Read([], {video.uri: f"{planned[0].status}: {planned[0].error}"})
-    outcomes = decode_clips(source_of(planned[0]), [(clip.start_s, clip.end_s) for clip in planned], view)
+    outcomes = decode_planned(planned, view)
     failures = {
         f"{video.uri} [{clip.start_s:.2f}, {clip.end_s:.2f})": f"{outcome.status}: {outcome}"
         for clip, outcome in zip(planned, outcomes, strict=True)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mone.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from mone.config import ModelConfig
 from mone.model import ViViT
 from pipelines.synthetic import MOTIONS, render, split_seeds, write_clip
+from tests.web_server import FaultyApp, S3Bucket, WebServer, serving
 
 # Two clips of a second in each rendered video of two.
 TINY = ModelConfig(
@@ -44,8 +46,8 @@ def pytest_runtest_setup() -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """A Ray in this process, started once."""
+def ray_session(s3_server) -> Iterator[None]:
+    """A Ray in this process, started once; its workers know the S3 server."""
     import ray
     from ray.data import DataContext
 
@@ -99,6 +101,41 @@ def archive(tmp_path_factory) -> Path:
     (folder / "text.mp4").write_text("this is no video\n" * 100)
     rows += [("damaged.mp4", MOTIONS[0], "train"), ("text.mp4", MOTIONS[1], "train")]
     return write_labels(folder / "labels.csv", rows)
+
+
+@pytest.fixture
+def web(tmp_path) -> Iterator[WebServer]:
+    """A web server of the files in `tmp_path / "web"`."""
+    (tmp_path / "web").mkdir()
+    with serving(tmp_path / "web") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[FaultyApp]:
+    """A real S3-protocol server on loopback, which the environment of this process and its children points to."""
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    app = FaultyApp(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
+        environment.setenv("AWS_ACCESS_KEY_ID", "an-id")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield app
+    server.shutdown()
+
+
+@pytest.fixture
+def bucket(s3_server) -> S3Bucket:
+    """An empty bucket there."""
+    s3_server.faults.clear()
+    s3_server.requests.clear()
+    return S3Bucket.create(s3_server)
 
 
 def run_job(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -91,6 +91,30 @@ def write_video(
     return path
 
 
+# Numbers of ITU-T H.273, which FFmpeg and files use, and swscale's own.
+_MATRICES = {"bt709": (1, 1), "bt601": (6, 5), "bt2020": (9, 9)}
+_RANGES = {"limited": 1, "full": 2}
+
+
+def write_coloured(path: Path, frames_THWC: np.ndarray, matrix: str, color_range: str) -> Path:
+    """Write frames uint8 [T, H, W, 3] as YUV of full chroma, by a matrix and a range that the file names."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "1", "preset": "ultrafast"})
+        stream.height, stream.width = frames_THWC.shape[1:3]
+        stream.pix_fmt = "yuv444p"
+        stream.codec_context.colorspace, swscale = _MATRICES[matrix]
+        stream.codec_context.color_range = _RANGES[color_range]
+        for number, frame_HWC in enumerate(frames_THWC):
+            rgb = av.VideoFrame.from_ndarray(frame_HWC, "rgb24")
+            frame = rgb.reformat(
+                format="yuv444p", dst_colorspace=swscale, dst_color_range=stream.codec_context.color_range
+            )
+            frame.pts, frame.time_base = number, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
 def write_audio(path: Path) -> Path:
     """One second of silence, and no video stream."""
     with av.open(str(path), "w") as container:

@@ -1,5 +1,6 @@
 """Annotating from the command line: a run and its continuations, as a person or a scheduler starts them."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -17,9 +18,10 @@ import jobs.annotate
 import jobs.audit
 import jobs.report
 from mone.compute import clip_compute
-from pipelines.annotate import MANIFEST_DIR
 from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.ledger import audit
+from pipelines.limits import Limits
+from pipelines.planning import MANIFEST_DIR
 from tests.conftest import NUM_CLIPS, NUM_VIDEOS, TINY, command_of, complaints, run_job
 
 pytestmark = pytest.mark.ray
@@ -162,6 +164,35 @@ def test_another_archive_needs_another_folder(finished, archive, model_folder, c
     arguments = [str(archive.parent), "--output", str(finished), "--model", str(model_folder)]
     assert jobs.annotate.main(arguments) == 2
     assert "archive" in capsys.readouterr().err
+
+
+def test_retrying_does_the_failed_rows_and_no_others(finished, archive, model_folder, monkeypatch, capsys):
+    monkeypatch.setattr(jobs.annotate, "connected", lambda address: contextlib.nullcontext())
+    undone, planned, done = [], [], []
+    monkeypatch.setattr(jobs.annotate, "undo_failed", lambda output: undone.append(output) or 2)
+    monkeypatch.setattr(jobs.annotate, "write_manifest", lambda *arguments: planned.append(arguments))
+    monkeypatch.setattr(jobs.annotate, "write_annotations", lambda *arguments: done.append(arguments))
+    arguments = [str(archive), "--output", str(finished), "--model", str(model_folder)]
+    limits = ["--timeout-s", "7", "--memory-gb", "0.5"]
+    assert jobs.annotate.main([*arguments, *limits]) == 0 and not undone
+    assert jobs.annotate.main([*arguments, "--retry-failed", *limits]) == 0
+    expected = Limits(timeout_s=7, memory_bytes=2**29)
+    assert undone == [finished]
+    assert [limits for _, _, _, limits, _ in planned] == [expected] * 2
+    assert [settings.limits for _, _, settings, _ in done] == [expected] * 2
+    assert "retry     2 clips" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [(["--retry-failed"], "nothing to retry"), (["--timeout-s", "0"], "time"), (["--memory-gb", "-1"], "memory")],
+)
+def test_what_cannot_be_is_said_before_any_work(archive, model_folder, tmp_path, capsys, options, named):
+    arguments = [str(archive), "--output", str(tmp_path / "new"), "--model", str(model_folder), *options]
+    assert jobs.annotate.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1 and named in printed.err
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_report_is_one_page_that_loads_nothing(finished, capsys):

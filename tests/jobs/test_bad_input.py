@@ -20,6 +20,7 @@ import jobs.render
 import jobs.report
 import jobs.sweep
 import jobs.train
+import pipelines.storage.store
 from tests.conftest import write_labels
 
 JOBS = {
@@ -42,6 +43,13 @@ def _no_ray(monkeypatch):
         pytest.fail("Ray was started before the input was checked")
 
     monkeypatch.setattr(ray, "init", refuse)
+
+
+@pytest.fixture(autouse=True)
+def _no_s3(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(pipelines.storage.store, "_FIRST_WAIT_S", 0.0)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_counts_and_compute(tmp_path, archive, checkpoint, capacity):
 def test_a_sample_is_scaled_up_with_its_interval(tmp_path, archive, checkpoint, monkeypatch):
     sampled = []
 
-    def measure(sample, checkpoint, capacity):
+    def measure(sample, checkpoint, capacity, limits):
         sampled.extend(sample["start_s"].to_pylist())
         return np.linspace(0.1, 0.3, len(sample)), 0.5
 

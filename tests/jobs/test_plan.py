@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import jobs.plan
-from pipelines.annotate import MANIFEST_DIR
+from pipelines.planning import MANIFEST_DIR
 from tests.conftest import NUM_CLIPS, NUM_VIDEOS
 
 pytestmark = pytest.mark.ray

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import jobs.report
-from pipelines.annotate import MANIFEST_DIR
 from pipelines.archive import Video, list_videos
 from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.manifest import plan_video
+from pipelines.planning import MANIFEST_DIR
 from pipelines.predict import Annotator
 from pipelines.schema import MANIFEST
 from pipelines.timeline import ClipPlan

@@ -18,9 +18,9 @@ import jobs.annotate
 import jobs.report
 from mone.compute import clip_compute
 from mone.static import kept_patches
-from pipelines.annotate import MANIFEST_DIR
 from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.ledger import audit
+from pipelines.planning import MANIFEST_DIR
 from pipelines.schema import MANIFEST
 from pipelines.tokenize import tokenize_table, tokens_of
 from tests.conftest import NUM_CLIPS, NUM_VIDEOS, TINY, complaints

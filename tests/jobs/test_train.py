@@ -1,7 +1,6 @@
 """Training from the command line, in this process: a tiny recipe on labelled videos and on rendered motions."""
 
 import json
-import multiprocessing.pool
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +41,6 @@ def _tiny_recipes(monkeypatch):
     monkeypatch.setitem(RECIPES, "tiny", tiny)
     monkeypatch.setitem(RECIPES, "other", lambda: tiny(learning_rate=5e-4))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-@pytest.fixture
-def threads(monkeypatch):
-    """Decode in threads: processes take seconds to start."""
-    monkeypatch.setattr(pipelines.training_memory, "processes", lambda num_workers: multiprocessing.pool.ThreadPool(2))
 
 
 @pytest.fixture
@@ -104,7 +97,6 @@ def data(tmp_path, archive) -> Path:
     return write_labels(tmp_path / "data.csv", [*rows, (str(folder / "damaged.mp4"), "left", "train")])
 
 
-@pytest.mark.usefixtures("threads")
 def test_videos_are_learnt_from_and_what_cannot_be_read_is_said_once(data, tmp_path, capsys):
     assert train("--data", data, "--output", tmp_path / "run", "--clips-per-video", 2) == 0
     printed = capsys.readouterr()
@@ -116,7 +108,6 @@ def test_videos_are_learnt_from_and_what_cannot_be_read_is_said_once(data, tmp_p
     assert metrics(tmp_path / "run")[0]["val_top1"]
 
 
-@pytest.mark.usefixtures("threads")
 def test_the_test_split_trains_and_chooses_nothing(data, tmp_path):
     assert train("--data", data, "--output", tmp_path / "run") == 0
     swapped = data.read_text().replace(f"{MOTIONS[7]}.mp4", "text.mp4")
@@ -127,7 +118,6 @@ def test_the_test_split_trains_and_chooses_nothing(data, tmp_path):
     assert [row["loss"] for row in metrics(tmp_path / "run")] == [row["loss"] for row in metrics(tmp_path / "other")]
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("clips_per_video", [1, 2])
 def test_clips_are_those_of_the_videos_in_order(archive, clips_per_video):
     videos, view = list(list_labelled(str(archive))), View(num_frames=8, height_px=64, width_px=64)
@@ -137,7 +127,6 @@ def test_clips_are_those_of_the_videos_in_order(archive, clips_per_video):
     assert {Path(name).name for name in clips.failures} == {"damaged.mp4", "text.mp4"}
 
 
-@pytest.mark.usefixtures("threads")
 def test_a_second_run_trains_no_more(data, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     assert train("--data", data, "--output", run) == 0
@@ -162,7 +151,6 @@ def stop_after_steps(monkeypatch, num_steps: int) -> None:
     monkeypatch.setattr(Trainer, "_step", counted)
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4])
 def test_stopped_at_any_step_it_continues_to_the_same_model(data, tmp_path, monkeypatch, num_steps):
     options = ["--data", data, "--checkpoint-every", 1]
@@ -178,7 +166,6 @@ def test_stopped_at_any_step_it_continues_to_the_same_model(data, tmp_path, monk
         assert told[0] == told[1] and told[0]
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_every_epoch_has_one_line_of_metrics_wherever_it_is_stopped(data, tmp_path, monkeypatch, moment):
     save, saved = LocalLink.save, []
@@ -197,7 +184,6 @@ def test_every_epoch_has_one_line_of_metrics_wherever_it_is_stopped(data, tmp_pa
     assert [row["epoch"] for row in metrics(tmp_path / "run")] == [1, 2]
 
 
-@pytest.mark.usefixtures("threads")
 def test_stopped_while_it_is_measured_it_only_measures_again(data, tmp_path, monkeypatch):
     def stop(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
@@ -211,7 +197,6 @@ def test_stopped_while_it_is_measured_it_only_measures_again(data, tmp_path, mon
     assert read_checkpoint(tmp_path / "run" / "model").config.num_classes == 8
 
 
-@pytest.mark.usefixtures("threads")
 def test_the_log_of_samples_has_each_once_an_epoch(data, tmp_path):
     assert train("--data", data, "--output", tmp_path / "run", "--clips-per-video", 3, "--log-samples") == 0
     assert samples_of_epochs(tmp_path / "run", steps_per_epoch=5) == [[*range(18)]] * 2
@@ -231,7 +216,6 @@ def samples_of_epochs(run: Path, steps_per_epoch: int) -> list[list[int]]:
     return [sorted(sample for step in epoch for sample in history[step][1]) for epoch in epochs]
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(
     "change", [["--recipe", "other"], ["--epochs", "3"], ["--seed", "1"], ["--data", "motions"]], ids=lambda c: c[0]
 )
@@ -247,20 +231,17 @@ def test_another_run_needs_another_folder(data, tmp_path, capsys, change):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.usefixtures("threads")
 def test_other_clips_are_another_run(data, tmp_path):
     assert train("--data", data, "--output", tmp_path / "run", "--clips-per-video", 1) == 0
     assert train("--data", data, "--output", tmp_path / "run", "--clips-per-video", 2) == 2
 
 
-@pytest.mark.usefixtures("threads")
 def test_a_run_in_which_nothing_can_be_read_says_so(tmp_path, archive, capsys):
     table = write_labels(tmp_path / "bad.csv", [(str(archive.parent / "damaged.mp4"), "left", "train")])
     assert train("--data", table, "--output", tmp_path / "run") == 2
     assert "no clip" in capsys.readouterr().err and not (tmp_path / "run" / "model").exists()
 
 
-@pytest.mark.usefixtures("threads")
 def test_a_loss_that_is_not_finite_is_status_1_and_no_such_state_is_kept(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(RECIPES, "tiny", lambda: tiny(learning_rate=float("nan")))
     assert train("--data", data, "--output", tmp_path / "run", "--checkpoint-every", 1) == 1

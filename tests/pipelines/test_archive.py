@@ -199,18 +199,8 @@ def test_missing_and_empty_archives_are_named(tmp_path):
         assert str(tmp_path / name) in refusal(tmp_path / name)
 
 
-@pytest.mark.parametrize("scheme", ["s3", "gs", "https"])
-def test_a_cloud_archive_is_refused_with_advice(scheme):
-    message = refusal(f"{scheme}://bucket/videos")
-    assert f"{scheme}://" in message and "copy" in message
-
-
-def test_a_cloud_address_in_a_table_is_refused_or_kept(tmp_path):
-    table = write_table(tmp_path / "list.csv", [{"video": "s3://bucket/a.mp4"}])
-    try:
-        assert uris(table) == ["s3://bucket/a.mp4"]
-    except ArchiveError as error:
-        assert "s3://" in str(error)
+def test_another_scheme_is_refused():
+    assert "ftp://" in refusal("ftp://host/videos")
 
 
 def test_a_name_that_is_no_utf8_becomes_a_row_or_a_refusal(tmp_path):

@@ -236,9 +236,12 @@ def test_several_crops_are_refused():
 
 def test_rows_of_one_video_share_a_pass(manifest, monkeypatch):
     passes = []
-    decode = pipelines.manifest.decode_clips
-    monkeypatch.setattr(
-        pipelines.manifest, "decode_clips", lambda source, *rest: passes.append(source.path) or decode(source, *rest)
-    )
+    decode = pipelines.manifest.decode_guarded
+
+    def counted(requests, *rest):
+        passes.extend(request.source.path for request in requests)
+        return decode(requests, *rest)
+
+    monkeypatch.setattr(pipelines.manifest, "decode_guarded", counted)
     cached_rows(manifest, VIEW)
     assert len(passes) == len(set(passes)) == 3

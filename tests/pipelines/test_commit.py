@@ -9,21 +9,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import pipelines.clip_ids
 import pipelines.commit
-from pipelines.annotate import MANIFEST_DIR, Settings, write_annotations
+from pipelines.annotate import Settings, write_annotations
 from pipelines.archive import list_videos
 from pipelines.commit import (
     ANNOTATIONS_DIR,
     REMAINING_DIR,
     STAGING_DIR,
     CommittedFiles,
-    committed_ids,
     fence,
+    withdraw,
     write_remaining,
 )
-from pipelines.ledger import LedgerError, audit
+from pipelines.ledger import audit
 from pipelines.manifest import plan_video
+from pipelines.planning import MANIFEST_DIR
 from pipelines.predict import Annotator
+from pipelines.row_files import LedgerError
 from pipelines.schema import ANNOTATIONS, MANIFEST
 from pipelines.timeline import ClipPlan
 from pipelines.tokenize import tokenize_table
@@ -40,6 +43,10 @@ def write(writer: CommittedFiles, ids: str, task: int = 0) -> None:
 
 def files(output: Path) -> list[Path]:
     return sorted((output / ANNOTATIONS_DIR).iterdir())
+
+
+def committed_ids(output: Path) -> set[str]:
+    return {id_ for path in files(output) for id_ in pq.read_table(path)["clip_id"].to_pylist()}
 
 
 def hidden(output: Path) -> list[str]:
@@ -136,22 +143,20 @@ def test_a_fence_takes_away_what_earlier_ones_could_not(tmp_path):
     fence(tmp_path)  # with nothing to do
 
 
-def test_nothing_is_committed_where_nothing_has_run(tmp_path):
-    assert committed_ids(tmp_path) == set()
-    (tmp_path / ANNOTATIONS_DIR).mkdir()
-    assert committed_ids(tmp_path) == set()
-
-
 def test_a_committed_file_that_cannot_be_read_is_named(tmp_path):
     write(CommittedFiles(tmp_path), "a")
     (tmp_path / ANNOTATIONS_DIR / "broken.parquet").write_bytes(b"PAR1")
-    with pytest.raises(LedgerError, match=r"broken\.parquet"):
-        committed_ids(tmp_path)
+    (tmp_path / MANIFEST_DIR).mkdir()
+    pq.write_table(rows("ab", MANIFEST), tmp_path / MANIFEST_DIR / "rows.parquet")
+    for ask in (write_remaining, lambda *folders: withdraw(*folders, "")):
+        with pytest.raises(LedgerError, match=r"broken\.parquet"):
+            ask(tmp_path, tmp_path / MANIFEST_DIR)
 
 
-@pytest.mark.parametrize("rows_per_file", [1, 2, 100])
-def test_what_remains_is_the_manifest_without_what_is_committed(tmp_path, monkeypatch, rows_per_file):
+@pytest.mark.parametrize("rows_per_file, ids_per_part", [(1, 100), (2, 3), (100, 1)])
+def test_what_remains_is_the_manifest_without_what_is_committed(tmp_path, monkeypatch, rows_per_file, ids_per_part):
     monkeypatch.setattr(pipelines.commit, "_ROWS_PER_FILE", rows_per_file)
+    monkeypatch.setattr(pipelines.clip_ids, "_IDS_PER_PART", ids_per_part)
     (tmp_path / MANIFEST_DIR).mkdir()
     for name, ids in (("first", "abc"), ("second", "defg")):
         pq.write_table(rows(ids, MANIFEST), tmp_path / MANIFEST_DIR / f"{name}.parquet")
@@ -162,6 +167,20 @@ def test_what_remains_is_the_manifest_without_what_is_committed(tmp_path, monkey
         parts = [pq.read_table(path) for path in (tmp_path / REMAINING_DIR).glob("*.parquet")]
         assert sorted(id_ for part in parts for id_ in part["clip_id"].to_pylist()) == list(left)
         assert all(len(part) <= rows_per_file and part.schema.equals(MANIFEST) for part in parts)
+
+
+def test_rows_that_are_planned_no_more_or_of_another_model_are_withdrawn(tmp_path):
+    (tmp_path / MANIFEST_DIR).mkdir()
+    pq.write_table(rows("abcdef", MANIFEST), tmp_path / MANIFEST_DIR / "rows.parquet")
+    writer = CommittedFiles(tmp_path)
+    for task, (ids, model) in enumerate([("ab", "new"), ("cx", "new"), ("de", "old"), ("yz", "new"), ("f", None)]):
+        table = pa.Table.from_pylist([{"clip_id": id_, "model_id": model} for id_ in ids], schema=ANNOTATIONS)
+        writer.write([table], SimpleNamespace(task_idx=task))
+    untouched = files(tmp_path)[0].read_bytes()
+    withdraw(tmp_path, tmp_path / MANIFEST_DIR, "new")
+    assert committed_ids(tmp_path) == set("abc") and len(files(tmp_path)) == 2
+    assert files(tmp_path)[0].read_bytes() == untouched
+    assert all(pq.read_schema(path).equals(ANNOTATIONS) for path in files(tmp_path))
 
 
 @pytest.mark.ray

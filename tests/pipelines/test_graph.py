@@ -15,18 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 
 import pipelines.annotate
+import pipelines.planning
 from mone.checkpoint import Checkpoint
-from pipelines.annotate import (
-    MANIFEST_DIR,
-    Settings,
-    write_annotations,
-    write_manifest,
-)
+from pipelines.annotate import Settings, write_annotations
 from pipelines.archive import Video, list_videos
 from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.evaluate import score_videos
 from pipelines.ledger import audit
 from pipelines.manifest import plan_video
+from pipelines.planning import MANIFEST_DIR, write_manifest
 from pipelines.predict import Annotator
 from pipelines.schema import ANNOTATIONS, MANIFEST
 from pipelines.timeline import ClipPlan
@@ -48,7 +45,7 @@ def videos(archive) -> list[Video]:
 @pytest.fixture
 def many_tasks(monkeypatch) -> None:
     """Tasks so small that every stage has several, and one of them has nothing but failures."""
-    monkeypatch.setattr(pipelines.annotate, "_VIDEOS_PER_TASK", 3)
+    monkeypatch.setattr(pipelines.planning, "_VIDEOS_PER_TASK", 3)
     monkeypatch.setattr(pipelines.annotate, "_CLIPS_PER_TASK", 1)
 
 
@@ -100,15 +97,6 @@ def test_the_manifest_is_that_of_a_loop(tmp_path, videos, many_tasks, num_videos
     assert len(files) == -(-num_videos // 3)
     found, expected = read(tmp_path / MANIFEST_DIR), manifest_by_hand(videos[-num_videos:])
     assert found.sort_by("clip_id").to_pylist() == expected.sort_by("clip_id").to_pylist()
-
-
-@pytest.mark.usefixtures("shared_ray")
-def test_a_manifest_that_was_left_half_written_is_not_taken_over(tmp_path, videos):
-    (tmp_path / f"{MANIFEST_DIR}.partial").mkdir()
-    pq.write_table(manifest_by_hand(videos[:1]), tmp_path / f"{MANIFEST_DIR}.partial" / "old.parquet")
-    write_manifest(videos[:2], PLAN, tmp_path)
-    assert read(tmp_path / MANIFEST_DIR)["video"].unique().to_pylist() == [video.uri for video in videos[:2]]
-    assert not (tmp_path / f"{MANIFEST_DIR}.partial").exists()
 
 
 @pytest.mark.usefixtures("shared_ray")

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.ledger import LedgerError, audit, parquet_files, totals
+import pipelines.clip_ids
+from pipelines.ledger import audit, totals
+from pipelines.row_files import LedgerError, parquet_files
 from pipelines.schema import ANNOTATIONS, MANIFEST
 
 oracle = settings(max_examples=30, deadline=None, derandomize=True)
@@ -58,6 +60,18 @@ def test_the_audit_names_every_clip_that_is_not_there_exactly_once(
     assert (found.missing, found.doubled, found.unknown) == (list(missing), list(doubled), list(unknown))
     assert found.planned == sum(map(len, planned)) and found.annotated == sum(map(len, annotated))
     assert found.clean == (not missing + doubled + unknown)
+
+
+@pytest.mark.parametrize("ids_per_part", [1, 7, 1000])
+def test_the_audit_in_parts_is_that_of_the_whole(tmp_path, monkeypatch, ids_per_part):
+    monkeypatch.setattr(pipelines.clip_ids, "_IDS_PER_PART", ids_per_part)
+    ids = [f"{number * 7919 % 4096:03x}{number}" for number in range(300)]
+    planned, annotated = ids[:250] + ids[:3], ids[50:300] + ids[60:62]
+    manifest = write(tmp_path / "manifest", MANIFEST, [{"clip_id": id_} for id_ in planned])
+    found = audit(manifest, write(tmp_path / "annotations", ANNOTATIONS, [{"clip_id": id_} for id_ in annotated]))
+    assert (found.planned, found.annotated) == (253, 252)
+    assert found.missing == sorted(ids[:50]) and found.unknown == sorted(ids[250:])
+    assert found.doubled == sorted(ids[:3] + ids[60:62])
 
 
 @oracle

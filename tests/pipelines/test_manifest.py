@@ -3,15 +3,20 @@
 import hashlib
 import os
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipelines import decode
 from pipelines.archive import Video
-from pipelines.manifest import clip_id, plan_video
+from pipelines.decode import Clip
+from pipelines.manifest import clip_id, decode_planned, plan_video
+from pipelines.probe import decode_frames
 from pipelines.timeline import ClipPlan
-from tests.media import indexed_frames, write_audio, write_video
+from pipelines.view import View
+from tests.media import indexed_frames, read_index, write_audio, write_video
 
 oracle = settings(max_examples=60, deadline=None, derandomize=True)
 IDENTITY = ("/videos/a.mp4", 1000, "1700000000000000000", 0.0, 2.56)
@@ -129,3 +134,23 @@ def test_a_video_that_cannot_be_shown_is_one_row_with_its_reason(tmp_path, kind,
 def test_failures_have_unique_ids(tmp_path):
     clips = [plan_video(Video(uri=str(tmp_path / f"{i}.mp4")), ClipPlan(span_s=1.0))[0] for i in range(10)]
     assert len({clip.clip_id for clip in clips}) == 10
+
+
+def test_hundreds_of_clips_of_one_long_file_are_decoded_once_each(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", np.concatenate([indexed_frames(200)] * 3), fps=1, options={"g": "4"})
+    clips = plan_video(Video(uri=str(path)), ClipPlan(span_s=1.0))
+    assert len(clips) == 600
+    decoded = []
+
+    def counting(*arguments):
+        for frame in decode_frames(*arguments):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(decode, "decode_frames", counting)
+    view = View(num_frames=1, height_px=64, width_px=64)
+    outcomes = [clip for start in range(0, 600, 32) for clip in decode_planned(clips[start : start + 32], view)]
+    shown = [read_index(clip.frames_THWC[0]) for clip in outcomes if isinstance(clip, Clip)]
+    assert shown == [*range(200)] * 3
+    assert {clip.decoder for clip in outcomes if isinstance(clip, Clip)} == {"pyav"}
+    assert len(decoded) < 1.3 * 600  # a task begins at a key frame and ends a frame late

@@ -14,9 +14,9 @@ from mone.model import ViViT
 from mone.static import kept_patches
 from mone.tubelets import to_patches
 from pipelines.archive import Video
+from pipelines.failure import DecodeFailure
 from pipelines.manifest import plan_video
 from pipelines.preview import draw, expert_colours, expert_maps, jpeg, preview
-from pipelines.probe import DecodeFailure
 from pipelines.timeline import ClipPlan
 from tests.media import indexed_frames, read_index, write_video
 

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from pipelines import probe as probing
-from pipelines.probe import DecodeFailure, file_identity, probe
+from pipelines.failure import DecodeFailure
+from pipelines.probe import file_identity, probe
 from pipelines.schema import Status
 from tests.media import indexed_frames, write_audio, write_video
 

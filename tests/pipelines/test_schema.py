@@ -8,7 +8,7 @@ from pipelines.schema import ANNOTATIONS, DECODED, MANIFEST, PlannedClip, Status
 PROMISED = {
     **dict.fromkeys(("clip_id", "video", "status", "error", "label", "decoder", "model_id"), pa.string()),
     **dict.fromkeys(("start_s", "end_s"), pa.float64()),
-    **dict.fromkeys(("score", "capacity", "decode_ms", "model_ms"), pa.float32()),
+    **dict.fromkeys(("score", "capacity", "decode_ms", "repeated_share", "model_ms"), pa.float32()),
     **dict.fromkeys(("flops", "dense_flops"), pa.int64()),
     "labels": pa.list_(pa.string()),
     "scores": pa.list_(pa.float32()),

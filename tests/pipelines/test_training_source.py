@@ -143,13 +143,13 @@ def test_labels_that_the_model_does_not_know_are_named(tmp_path, manifest):
 
 
 def test_rows_of_one_video_share_a_pass_wherever_they_stand(manifest, monkeypatch):
-    decode, passes = pipelines.manifest.decode_clips, []
+    decode, passes = pipelines.manifest.decode_guarded, []
 
-    def counted(source, spans, view):
-        passes.append(len(spans))
-        return decode(source, spans, view)
+    def counted(requests, *rest):
+        passes.extend(len(request.spans) for request in requests)
+        return decode(requests, *rest)
 
-    monkeypatch.setattr(pipelines.manifest, "decode_clips", counted)
+    monkeypatch.setattr(pipelines.manifest, "decode_guarded", counted)
     monkeypatch.setattr(pipelines.training_stream.ray, "get", lambda origin: origin)
     origin = StreamedClips(manifest, LABELS, VIEW)._origin
     asked = pa.table({"sample": [7, 0, 9, 5, 0, 2]})
