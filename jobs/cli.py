@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import tyro
 
+from jobs.submitted import stray_place
+
 Config = TypeVar("Config")
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -58,7 +60,10 @@ def run(
     handler = signal.getsignal(signal.SIGTERM)
     interrupt_on_sigterm()
     try:
-        job(_parse(config_type, sys.argv[1:] if argv is None else list(argv), program, description))
+        config = _parse(config_type, sys.argv[1:] if argv is None else list(argv), program, description)
+        if stray := stray_place(config):
+            raise UserError(stray)
+        job(config)
     except UserError as error:
         return _say(program, error, BAD_INPUT)
     except JobFailed as failure:

@@ -118,6 +118,8 @@ def make_output(folder: str) -> Path:
     Raises:
         UserError: It cannot.
     """
+    if "://" in folder:
+        raise UserError(f"cannot write to {folder}: it must be a folder, for several nodes one on a disk they share")
     path = Path(folder).resolve()
     if path.exists() and not path.is_dir():
         raise UserError(f"cannot write to {folder}: it is a file")

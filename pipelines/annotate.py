@@ -39,7 +39,7 @@ _VIDEOS = pa.schema(
 _VIDEOS_PER_TASK = 32
 # Clips of one decoding task, and so of one annotations file: seconds of work, which is what a crash can cost, against
 # tens of milliseconds for a task, a file and its checkpoint.
-_CLIPS_PER_TASK = 32
+CLIPS_PER_TASK = 32
 # Tasks for each core, where there are so few clips that all cores would not be at work until the end.
 _TASKS_PER_CORE, _FEWEST_CLIPS = 8, 4
 # Heap of a decoding task and its child. Ray cannot see heap, so it is asked for.
@@ -144,7 +144,7 @@ def tokenize_stage(
 
 def _clips_per_task(num_clips: int | None) -> int:
     num_tasks = _TASKS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    return _CLIPS_PER_TASK if num_clips is None else min(_CLIPS_PER_TASK, max(_FEWEST_CLIPS, num_clips // num_tasks))
+    return CLIPS_PER_TASK if num_clips is None else min(CLIPS_PER_TASK, max(_FEWEST_CLIPS, num_clips // num_tasks))
 
 
 def _tokenize(

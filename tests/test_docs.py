@@ -18,7 +18,10 @@ from mone.engine.roofline import block_parts
 from mone.nested import segments_of
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("mone.md", "performance.md", "results.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("mone.md", "performance.md", "results.md", "cluster.md")),
+]
 TEXT = DOCUMENTS[1].read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 

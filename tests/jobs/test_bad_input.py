@@ -13,6 +13,7 @@ import ray
 import jobs.annotate
 import jobs.audit
 import jobs.benchmark
+import jobs.doctor
 import jobs.evaluate
 import jobs.plan
 import jobs.render
@@ -26,6 +27,7 @@ JOBS = {
     "annotate": jobs.annotate.main,
     "audit": jobs.audit.main,
     "benchmark": jobs.benchmark.main,
+    "doctor": jobs.doctor.main,
     "evaluate": jobs.evaluate.main,
     "plan": jobs.plan.main,
     "render": jobs.render.main,
@@ -83,6 +85,7 @@ def options_of(job: str, archive: Path, model: Path, out: Path) -> list[object]:
         "evaluate": ["--data", archive, "--model", model],
         "train": ["--data", archive, "--output", out],
         "sweep": ["--data", archive, "--output", out],
+        "doctor": ["--archive", archive, "--model", model, "--output", out],
         "render": ["--output", out],
         "report": [out],
         "audit": [out],
@@ -90,8 +93,9 @@ def options_of(job: str, archive: Path, model: Path, out: Path) -> list[object]:
     }[job]
 
 
-WITH_ARCHIVE, WITH_DATA = ["annotate", "plan"], ["evaluate", "train", "sweep"]
-WITH_MODEL, WITH_OUTPUT = ["annotate", "plan", "evaluate"], ["annotate", "plan", "train", "sweep", "render"]
+WITH_ARCHIVE, WITH_DATA = ["annotate", "doctor", "plan"], ["evaluate", "train", "sweep"]
+WITH_CAPACITY = ["annotate", "plan", "evaluate"]
+WITH_MODEL, WITH_OUTPUT = [*WITH_CAPACITY, "doctor"], ["annotate", "doctor", "plan", "train", "sweep", "render"]
 
 
 @pytest.mark.parametrize("job", WITH_ARCHIVE + WITH_DATA)
@@ -150,7 +154,7 @@ def test_a_damaged_model(refused, archive, model_folder, tmp_path, out, job, fil
     refused(job, *options_of(job, archive, tmp_path / "broken", out), names="broken")
 
 
-@pytest.mark.parametrize("job", WITH_MODEL)
+@pytest.mark.parametrize("job", WITH_CAPACITY)
 @pytest.mark.parametrize("capacity", ["7", "0", "-0.4", "nan", "inf", "much", ""])
 def test_a_capacity_out_of_range(refused, archive, model_folder, out, job, capacity):
     refused(job, *options_of(job, archive, model_folder, out), f"--capacity={capacity}", names="capacity")
@@ -185,7 +189,7 @@ def test_nothing_at_all(refused, job, named):
     refused(job, names=named)
 
 
-@pytest.mark.parametrize("job", WITH_OUTPUT)
+@pytest.mark.parametrize("job", [job for job in WITH_OUTPUT if job != "doctor"])
 def test_a_missing_output(refused, archive, model_folder, out, job):
     options = options_of(job, archive, model_folder, out)
     place = options.index("--output")
@@ -200,6 +204,13 @@ def test_an_output_that_is_a_file_or_below_one(refused, archive, model_folder, t
     assert (tmp_path / "a-file").read_text() == "kept"
 
 
+@pytest.mark.parametrize("job", WITH_OUTPUT)
+def test_an_output_that_is_no_folder(refused, monkeypatch, archive, model_folder, tmp_path, job):
+    monkeypatch.chdir(tmp_path)
+    options = options_of(job, archive, model_folder, Path("out"))
+    refused(job, *("s3://bucket/out" if option == Path("out") else option for option in options), names="s3://bucket")
+
+
 BAD_TOKENS = ["--drop-static=-1", "--drop-static=256", "--drop-static=nan", "--views=0", "--views=1.5"]
 BAD_NUMBERS = {
     "annotate": [
@@ -208,6 +219,7 @@ BAD_NUMBERS = {
         *("--max-failed-share=-0.1", "--max-failed-share=1.5", "--max-failed-share=nan"),
         *BAD_TOKENS,
     ],
+    "doctor": ["--limit-s=0", "--limit-s=nan", "--limit-s=long"],
     "plan": ["--span=-1", "--stride=-1", "--clips-per-video=-1", "--span=long"],
     "evaluate": ["--span=-1", "--stride=-1", "--clips-per-video=-1", *BAD_TOKENS],
     "train": ["--num-clips=-1", "--epochs=-1", "--epochs=many"],
