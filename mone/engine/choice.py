@@ -88,7 +88,8 @@ def run_blocks(
 
         return run_on_rows(blocks, tokens, segments, gain_LSN1, neighbours, num_class_tokens)
     x_SND = tokens.sorted()
-    if engine == "reference" or (engine == "auto" and _must_be_called(blocks)):
+    one_by_one = engine == "reference" or (engine == "auto" and _must_be_called(blocks))
+    if one_by_one or not x_SND.numel():  # of nothing there is no layout
         for block, gain_SN1 in zip(blocks, gain_LSN1, strict=True):
             x_SND = block(x_SND, segments, gain_SN1, neighbours)
         return x_SND[:, -num_class_tokens:] if num_class_tokens else x_SND

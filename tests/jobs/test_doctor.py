@@ -19,7 +19,7 @@ import ray.cluster_utils
 
 from tests.conftest import complaints, run_job
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]  # three nodes that start together
 
 STORE_BYTES = 100 * 2**20
 # A host name and mounts of its own, as any user may have them where the kernel allows it.

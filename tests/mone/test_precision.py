@@ -16,7 +16,7 @@ bfloat16 rounds to 2^-9 = 2e-3, twice a block and in the weights.
 import pytest
 import torch
 
-import mone.encoder
+import mone.engine.choice
 from mone.routing import RoutingPlan
 from tests.mone.conftest import small_model, some_inputs, variant
 
@@ -56,7 +56,7 @@ def test_logits_are_within_the_bound_where_tokens_go_the_same_way(name, precisio
     for seed in range(3):
         with monkeypatch.context() as patched:
             exact = run(name, "float64", seed)
-            patched.setattr(mone.encoder, "expert_preferred_routing", same_decisions(exact.plan))
+            patched.setattr(mone.engine.choice, "expert_preferred_routing", same_decisions(exact.plan))
             rounded = run(name, precision, seed)
         assert torch.equal(rounded.plan.expert_BN, exact.plan.expert_BN)
         assert rounded.logits_BC.dtype == (torch.float32 if precision == "float32" else torch.bfloat16)
