@@ -355,7 +355,9 @@ def test_all_ways_give_all_frames_of_all_clips(tmp_path):
         assert row["clips"] == row["complete_clips"] == 8 and row["frames"] == 8 * 4
         (seconds,) = row["seconds_rounds"]
         assert row["clips_per_s"] == pytest.approx(8 / seconds)
-        assert row["cpu_s"] > 0 and row["processes_bytes"] >= row["largest_process_bytes"] > 0
+        assert row["cpu_s"] >= 0  # of which a clock tick may be more than so few frames take
+        assert row["processes_bytes"] >= row["largest_process_bytes"] >= 0
+    assert sum(row["cpu_s"] for row in record["rows"]) > 0 < max(row["largest_process_bytes"] for row in record["rows"])
     for row in record["rows"]:
         of = {other["side"]: other for other in record["rows"] if other["sampling"] == row["sampling"]}
         assert row["share_of_limit"] == pytest.approx(of["decoders alone"]["seconds"] / row["seconds"])
