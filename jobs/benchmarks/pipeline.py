@@ -215,9 +215,9 @@ class _Case:
 def _planned(archive: str, sampling: str, paths: list[str], plan: ClipPlan, config: ModelConfig, folder: Path) -> _Case:
     import pyarrow.parquet as pq
 
-    from jobs.benchmarks.sides import manifest_table
     from pipelines.archive import Video
     from pipelines.manifest import plan_video
+    from pipelines.planning import manifest_table
 
     started_s = time.perf_counter()
     clips = [clip for path in paths for clip in plan_video(Video(uri=path), plan)]

@@ -11,7 +11,6 @@ from multiprocessing.pool import Pool
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import ray.data
 
 from mone.checkpoint import Checkpoint
@@ -171,8 +170,3 @@ def _decode(work: tuple[Source, list[str], list[tuple[float, float]], View]) -> 
 
 def _warm_up(_: int) -> None:
     """Importing this module has imported the decoders."""
-
-
-def manifest_table(clips: Sequence[PlannedClip]) -> pa.Table:
-    """Rows of the manifest."""
-    return pa.table({name: [getattr(clip, name) for clip in clips] for name in MANIFEST.names}, schema=MANIFEST)
