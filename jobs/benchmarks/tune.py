@@ -44,53 +44,47 @@ class Tune:
     """Effective capacities."""
     batch_size: int = 16
     """Clips of a batch."""
-    dtype: str = "bf16"
-    """bf16: the residual stream too; bf16_autocast: it is float32, as in the jobs."""
 
     def measure(self) -> Report:
         """Run the benchmark."""
         device = choose_device("")
         if device.type != "cuda":
             raise UserError("tilings are those of a GPU, and there is none")
-        if self.dtype not in ("bf16", "bf16_autocast") or self.batch_size < 1:
-            raise UserError("--dtype must be bf16 or bf16_autocast, and --batch-size at least 1")
+        if self.batch_size < 1:
+            raise UserError("--batch-size must be at least 1")
         with checking_input():
             config = load_model(self.model).config if self.model else preset(self.preset, num_classes=400)
             for capacity in self.capacity:
                 check_capacity(capacity, config.num_experts)
             if config.joint:
                 raise ValueError("a joint encoder has no tilings of its own yet: its defaults serve")
-        stream = torch.bfloat16 if self.dtype == "bf16" else torch.float32
         with device:
-            model = ViViT(config).eval().requires_grad_(False).to(stream)
-        rows = [self._row(model, capacity, stream, device) for capacity in tqdm(self.capacity, "tune", unit="capacity")]
+            model = ViViT(config).eval().requires_grad_(False).bfloat16()
+        rows = [self._row(model, capacity, device) for capacity in tqdm(self.capacity, "tune", unit="capacity")]
         header = ("capacity", "default ms", "tuned ms", "times faster")
         table = aligned(header, [_cells(row) for row in rows])
         return Report(table=f"{rows[0]['file']}\n{table}", rows=rows, device=device)
 
-    def _row(self, model: ViViT, capacity: float, stream: torch.dtype, device: torch.device) -> dict[str, Any]:
+    def _row(self, model: ViViT, capacity: float, device: torch.device) -> dict[str, Any]:
         config = model.config
         classes = config.num_class_tokens
         sequences = self.batch_size * config.num_indices
         counts = config.token_counts(capacity)
         segments = segments_of(counts, config.widths, classes)
         runs = runs_of(segments, sequences)
-        x_SND = torch.randn(sequences, sum(counts) + classes, config.dim, dtype=stream, device=device)
-        gain_LSN1 = torch.ones(config.depth, *x_SND.shape[:2], 1, dtype=stream, device=device)
+        x_SND = torch.randn(sequences, sum(counts) + classes, config.dim, dtype=torch.bfloat16, device=device)
+        gain_LSN1 = torch.ones(config.depth, *x_SND.shape[:2], 1, dtype=torch.bfloat16, device=device)
 
         def seconds(tilings: Tilings) -> float:
-            with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=stream == torch.float32):
-                return _seconds(
-                    lambda: run_on_rows(
-                        model.encoder.blocks, Tokens(x_SND), segments, gain_LSN1, None, classes, tilings
-                    )
-                )
+            blocks, tokens = model.encoder.blocks, Tokens(x_SND)
+            with torch.inference_mode():
+                return _seconds(lambda: run_on_rows(blocks, tokens, segments, gain_LSN1, None, classes, tilings))
 
         share = mean_share(runs, config.dim)
-        start = default_tilings(torch.cuda.get_device_capability(device), share, stream == torch.float32)
+        start = default_tilings(torch.cuda.get_device_capability(device), share)
         best, _ = fastest(seconds, start, tqdm.write)
         before_s, after_s = seconds(start), seconds(best)  # again, side by side
-        file = keep(key_of(device, runs, config.dim, stream), best)
+        file = keep(key_of(device, runs, config.dim), best)
         return {
             "capacity": capacity,
             "default_ms": before_s * 1e3,

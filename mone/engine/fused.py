@@ -4,12 +4,13 @@ Tokens of all sequences are rows of one matrix, sorted by expert (`mone.engine.r
 LayerNorm, projection to queries, keys and values, attention, projection out onto the residual stream, LayerNorm, and
 the two of the MLP. Each works on the rows of all experts.
 
+The residual stream is in half precision, under autocast too, where the reference keeps it in float32: it is what half
+of the kernels' traffic is.
+
 Shapes: S sequences, N tokens, R rows, D model features, H hidden features, C class tokens, L blocks.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple, cast
 
 import torch
@@ -72,8 +73,8 @@ def run_on_rows(
     """Run all blocks; as `blocks.run_on_layout`, without gradients."""
     num_sequences, _, dim = tokens.x_SKD.shape
     device, runs = tokens.x_SKD.device, runs_of(segments, num_sequences)
-    tilings = tilings or tilings_for(device, runs, dim, tokens.x_SKD.dtype)
-    row_SN = _rows(runs, num_sequences, device)
+    tilings = tilings or tilings_for(device, runs, dim)
+    row_SN, wanted = _rows(runs, num_sequences, device), tokens.x_SKD.dtype
     buffers = _enter(blocks, tokens, runs, row_SN)
     gain_LR = gain_LSN1.new_zeros((len(blocks), num_rows(runs)), dtype=torch.float32)
     gain_LR.index_copy_(1, row_SN.flatten(), gain_LSN1.flatten(1).float())
@@ -83,10 +84,12 @@ def run_on_rows(
         _block(block, buffers, runs, places, gain_R, tilings)
     if num_class_tokens:
         rows_SC = row_SN[:, -num_class_tokens:]
-        return _class_tokens(last, buffers, runs, places, gain_LSN1[-1, :, -num_class_tokens:], rows_SC, tilings)
+        gain_SC1 = gain_LSN1[-1, :, -num_class_tokens:]
+        return _class_tokens(last, buffers, runs, places, gain_SC1, rows_SC, tilings).to(wanted)
     _block(last, buffers, runs, places, gain_LR[-1], tilings)
     heads = [
-        buffers.head_RD[run.start : run.stop, : run.width].unflatten(0, (num_sequences, run.count)) for run in runs
+        buffers.head_RD[run.start : run.stop, : run.width].unflatten(0, (num_sequences, run.count)).to(wanted)
+        for run in runs
     ]
     return from_layout(heads, tokens.sorted(), segments)
 
@@ -100,7 +103,7 @@ def _enter(blocks: nn.ModuleList, tokens: Tokens, runs: tuple[Run, ...], row_SN:
         return torch.empty(shape, dtype=dtype, device=x_SKD.device)
 
     buffers = _Buffers(
-        head_RD=empty(rows, dim, dtype=x_SKD.dtype),
+        head_RD=empty(rows, dim),
         tail_mean_R=empty(rows, dtype=torch.float32),
         tail_spread_R=empty(rows, dtype=torch.float32),
         normal_RD=empty(rows, -(-dim // SMALLEST_BLOCK) * SMALLEST_BLOCK),
@@ -117,53 +120,33 @@ def _block(
 ) -> None:
     """`Block.forward`, in the buffers."""
     attention, mlp, dim = block.attention, block.mlp, buffers.head_RD.shape[1]
+    hidden, dtype = mlp.up.out_features, buffers.normal_RD.dtype
     _norm(block.norm_attention, buffers, runs)
     _project(attention.qkv, buffers.normal_RD, buffers.qkv_RX, runs, tilings.qkv, range(3 * dim))
-    attend_rows(buffers.qkv_RX, buffers.mixed_RD, places, attention.num_heads, **tilings.attention._asdict())
+    attend_rows(buffers.qkv_RX, buffers.mixed_RD, places, attention.num_heads, attending=tilings.attention)
     _project_out(attention.out, buffers.mixed_RD, buffers.head_RD, runs, tilings.out)
     _norm(block.norm_mlp, buffers, runs)
-    activation = form_of(mlp.activation.approximate, buffers.normal_RD.dtype)
-    hidden, dtype = mlp.up.out_features, buffers.normal_RD.dtype
-    narrow = {
-        run: tiling
-        for run in runs
-        if (tiling := tilings.narrow_of(run.width, hidden)) and _fills(run, tiling, buffers.head_RD.device)
-    }
-    with _beside(buffers.head_RD.device, tilings.beside and len(narrow) > 0):
-        for run, tiling in narrow.items():
-            up_HD, down_DH = cast_weight(mlp.up.weight, dtype), cast_weight(mlp.down.weight, dtype)
-            narrow_mlp(
-                *(buffers.normal_RD, up_HD, mlp.up.bias, down_DH, mlp.down.bias, buffers.head_RD, run, gain_R),
-                tiling=tiling,
-                activation=activation,
-            )
-    if wide := tuple(run for run in runs if run not in narrow):
-        _project(mlp.up, buffers.normal_RD, buffers.hidden_RH, wide, tilings.up, range(hidden), activation=activation)
+    activation = form_of(mlp.activation.approximate, dtype)
+    wide = ()
+    for run in runs:
+        tiling = tilings.narrow_of(run.width, hidden)
+        if tiling is None or not _fills(run, tiling, buffers.head_RD.device):
+            wide += (run,)
+            continue
+        up_HD, down_DH = cast_weight(mlp.up.weight, dtype), cast_weight(mlp.down.weight, dtype)
+        narrow_mlp(
+            *(buffers.normal_RD, up_HD, mlp.up.bias, down_DH, mlp.down.bias, buffers.head_RD, run, gain_R),
+            tiling=tiling,
+            activation=activation,
+        )
+    if wide:
+        _project(mlp.up, buffers.normal_RD, buffers.hidden_RH, wide, tilings.up, range(hidden), activation)
         _project_out(mlp.down, buffers.hidden_RH, buffers.head_RD, wide, tilings.down, gain_R)
-    if tilings.beside and narrow and buffers.head_RD.is_cuda:
-        torch.cuda.current_stream().wait_stream(_side_stream(buffers.head_RD.device))
 
 
 def _fills(run: Run, tiling: Tiling, device: torch.device) -> bool:
     """Whether one program for a tile of rows keeps the device busy; each goes through the whole hidden layer."""
     return 2 * (run.stop - run.start) >= num_processors(device) * tiling.rows
-
-
-@contextlib.contextmanager
-def _beside(device: torch.device, wanted: bool) -> Iterator[None]:
-    """Launch on a side stream, after what was launched before; the caller waits for it."""
-    if not wanted or device.type != "cuda":
-        yield
-        return
-    side = _side_stream(device)
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        yield
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def _class_tokens(
@@ -183,9 +166,7 @@ def _class_tokens(
     weight_OD, bias_O = cast_weight(attention.qkv.weight, dtype), cast_weight(attention.qkv.bias, dtype)
     own_XD = buffers.normal_RD[:, :dim].index_select(0, rows)
     qkv_RX[:, :dim].index_copy_(0, rows, F.linear(own_XD, weight_OD[:dim], bias_O[:dim]))
-    attend_rows(
-        qkv_RX, buffers.mixed_RD, places, attention.num_heads, first_query=places.read_GM.shape[1] - 1, block_q=16
-    )
+    attend_rows(qkv_RX, buffers.mixed_RD, places, attention.num_heads, first_query=places.read_GM.shape[1] - 1)
     head_SCD, mixed_SCD = (
         t.index_select(0, rows).unflatten(0, rows_SC.shape) for t in (buffers.head_RD, buffers.mixed_RD)
     )

@@ -34,15 +34,16 @@ class Tiling(NamedTuple):
 
 
 class Attending(NamedTuple):
-    """How attention is cut, as in `kernels.attention.attend_rows`."""
+    """How attention is cut: queries and keys of a block, warps and stages of loads in flight of a program.
 
-    block_q: int = 64
+    `whole`: a program has all queries and keys of a head on the chip, and takes several heads; for short groups.
+    """
+
+    block_q: int = 128
     block_k: int = 64
-    warps: int = 4
-    stages: int = 1
-    parts: int = 1
-    at_once: bool = True
-    registers: int = 0
+    warps: int = 8
+    stages: int = 2
+    whole: bool = True
 
 
 class Tilings(NamedTuple):
@@ -52,7 +53,6 @@ class Tilings(NamedTuple):
         qkv, out, up, down: The products.
         narrow: For MLPs in one launch, (largest width, tiling) by width; wider experts take two launches.
         attention: Attention.
-        beside: Narrow experts run on a stream of their own.
     """
 
     qkv: Tiling
@@ -61,7 +61,6 @@ class Tilings(NamedTuple):
     down: Tiling
     narrow: tuple[tuple[int, Tiling], ...] = ()
     attention: Attending = Attending()
-    beside: bool = False
 
     def narrow_of(self, width: int, num_hidden: int) -> Tiling | None:
         """The tiling of an expert whose MLP is one launch."""
@@ -77,32 +76,29 @@ _WIDE = Tiling(128, 256, 64, 8, 3)
 _NARROW = ((128, Tiling(128, 64, 64, 8, 3)), (192, Tiling(128, 64, 64, 8, 2)))
 _HOPPER_NESTED = Tilings(_FINE, _FINE, _FINE, _FINE, _NARROW)
 _HOPPER_DENSE = Tilings(_WIDE, _WIDE, _FINE, Tiling(128, 256, 64, 8, 4, 1, True, True), _NARROW)
+_ONLINE = Attending(64, 64, 4, 2, whole=False)
 # Never measured: what fits. A100 has 163 KB of shared memory for a program, L4 and other cards of its kind 99 KB.
 _LARGE = Tiling(128, 128, 64, 8, 3)
-_A100 = Tilings(*[_LARGE] * 4, narrow=((128, Tiling(128, 64, 64, 8, 2)),), attention=Attending())
+_A100 = Tilings(*[_LARGE] * 4, narrow=((128, Tiling(128, 64, 64, 8, 2)),), attention=_ONLINE)
 _SMALL = Tiling(128, 128, 32, 8, 3)
-_L4 = Tilings(*[_SMALL] * 4, narrow=((64, Tiling(64, 64, 64, 4, 2)),), attention=Attending(parts=0, stages=2))
+_L4 = Tilings(*[_SMALL] * 4, narrow=((64, Tiling(64, 64, 64, 4, 2)),), attention=_ONLINE)
 # Of the full width, from which on tokens are as good as dense.
 _DENSE_SHARE = 0.75
 
 
-def tilings_for(device: torch.device, runs: tuple[Run, ...], dim: int, stream: torch.dtype) -> Tilings:
+def tilings_for(device: torch.device, runs: tuple[Run, ...], dim: int) -> Tilings:
     """Those that were measured for this card and such a batch, else the card's defaults."""
-    share, wide = mean_share(runs, dim), stream == torch.float32
-    return chosen().get(key_of(device, runs, dim, stream)) or default_tilings(_capability(device), share, wide)
+    return chosen().get(key_of(device, runs, dim)) or default_tilings(_capability(device), mean_share(runs, dim))
 
 
-def default_tilings(capability: tuple[int, int], share: float, wide_stream: bool = False) -> Tilings:
+def default_tilings(capability: tuple[int, int], share: float) -> Tilings:
     """Without measuring.
 
     Args:
         capability: Compute capability.
         share: Mean width of the tokens as a share of the full width.
-        wide_stream: The residual stream is float32, which takes twice the room where a product is added to it.
     """
     if capability >= (9, 0):
-        if wide_stream:
-            return _HOPPER_NESTED
         return _HOPPER_DENSE if share >= _DENSE_SHARE else _HOPPER_NESTED
     return _A100 if capability == (8, 0) else _L4
 
@@ -113,14 +109,13 @@ def mean_share(runs: tuple[Run, ...], dim: int) -> float:
     return sum((run.stop - run.start) * run.width for run in runs) / (rows * dim)
 
 
-def key_of(device: torch.device, runs: tuple[Run, ...], dim: int, stream: torch.dtype) -> str:
-    """What a choice holds for: card, Triton, D, dtype of the stream, mean width to a tenth, rows to a power of two."""
+def key_of(device: torch.device, runs: tuple[Run, ...], dim: int) -> str:
+    """What a choice holds for: card, Triton, D, mean width to a tenth, rows to a power of two."""
     import triton
 
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     rows = sum(run.stop - run.start for run in runs)
-    kind, share = str(stream).removeprefix("torch."), f"{mean_share(runs, dim):.1f}"
-    return f"{card} triton-{triton.__version__} dim-{dim} {kind} share-{share} rows-{rows.bit_length()}"
+    return f"{card} triton-{triton.__version__} dim-{dim} share-{mean_share(runs, dim):.1f} rows-{rows.bit_length()}"
 
 
 def choices_file() -> Path:
@@ -159,7 +154,7 @@ def keep(key: str, tilings: Tilings) -> Path:
 def _decoded(value: dict) -> Tilings:
     narrow = tuple((widest, Tiling(*tiling)) for widest, tiling in value["narrow"])
     products = {name: Tiling(*value[name]) for name in ("qkv", "out", "up", "down")}
-    return Tilings(**products, narrow=narrow, attention=Attending(*value["attention"]), beside=value["beside"])
+    return Tilings(**products, narrow=narrow, attention=Attending(*value["attention"]))
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

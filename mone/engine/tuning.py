@@ -27,13 +27,10 @@ _NARROW = (
     ((128, Tiling(64, 64, 64, 4, 3)), (192, Tiling(64, 64, 64, 4, 2))),
 )
 _ATTENTION = (
-    Attending(64, 64, 4, 3, 0),
-    Attending(64, 64, 4, 2, 0),
-    Attending(64, 64, 4, 1, 1),
-    Attending(64, 64, 4, 2, 1),
-    Attending(64, 64, 4, 1, 2),
-    Attending(64, 64, 4, 1, 1, True, 168),
-    Attending(128, 64, 8, 1, 1),
+    Attending(128, 64, 8, 2),
+    Attending(256, 64, 16, 2),
+    Attending(64, 64, 4, 3, whole=False),
+    Attending(64, 64, 4, 2, whole=False),
 )
 # In the order of their share of the time.
 CANDIDATES: dict[str, tuple[Any, ...]] = {
@@ -43,7 +40,6 @@ CANDIDATES: dict[str, tuple[Any, ...]] = {
     "qkv": _PRODUCTS,
     "out": _PRODUCTS,
     "attention": _ATTENTION,
-    "beside": (True,),
 }
 # What is faster by less is noise, and the default is better known.
 _LEAST_GAIN = 0.003

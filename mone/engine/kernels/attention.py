@@ -1,22 +1,28 @@
-"""Attention within short groups of rows that lie anywhere.
+"""Attention within groups of rows that lie anywhere.
 
-A program has one group, one head and some blocks of queries. Up to `LARGEST_WHOLE` slots it keeps all keys and values
-on the chip, read once for all of its queries, and no maximum is ever revised; beyond it goes through them block by
-block.
+Short groups: a program takes one head of a group after the other, all of its keys, values and queries at once, read
+while the head before is computed; no maximum is ever revised. Where the rows lie is looked up once for all heads.
+
+Long groups, and a few queries: a program has one head and one block of queries, and goes through keys and values block
+by block.
 
 Shapes: R rows, G groups, M slots of a group, D model features, k features of a head.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mone.engine.kernels.gemm import num_processors
 from mone.engine.rows import Places
+from mone.engine.tilings import Attending
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false
 
 LARGEST_WHOLE = 256
+_LONG, _FEW = Attending(64, 64, 4, 3, whole=False), Attending(16, 64, 4, 3, whole=False)
 
 
 @triton.jit
@@ -86,56 +92,68 @@ def _attention(
 
 
 @triton.jit
+def _rows_at(rows_at, slot, num_slots, stride, feature, WIDE: tl.constexpr):
+    """Where the features of slots are; past the last slot those of the last."""
+    row = tl.load(rows_at + tl.minimum(slot, num_slots - 1))
+    row = row.to(tl.int64) if WIDE else row.to(tl.int32)
+    return row[:, None] * stride + feature[None, :]
+
+
+@triton.jit
 def _attention_whole(
     qkv_ptr, out_ptr, read_ptr, write_ptr,
-    num_slots, num_heads, num_parts, first_query, qkv_stride, out_stride, scale,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr, TAIL: tl.constexpr, FEATURES: tl.constexpr,
-    STAGES: tl.constexpr, AT_ONCE: tl.constexpr,
+    num_slots, num_heads, heads_each, qkv_stride, out_stride, scale,
+    BLOCK_Q: tl.constexpr, QUERIES: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr, TAIL: tl.constexpr,
+    FEATURES: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    part = program % num_parts
-    head = program // num_parts % num_heads
-    group = program // num_parts // num_heads
+    chunks = num_heads // heads_each
+    group = tl.program_id(0) // chunks
+    first_head = tl.program_id(0) % chunks * heads_each
     dim = num_heads * FEATURES
-    feature = head * FEATURES + tl.arange(0, FEATURES)
     read_ptr += group.to(tl.int64) * num_slots
     write_ptr += group.to(tl.int64) * num_slots
-    query_at = qkv_ptr + feature[None, :]
-    keys, values = (), ()
+    feature = tl.arange(0, FEATURES)
+    keys_at, queries_at, targets = (), (), ()
     for tile in tl.static_range(WHOLE):
-        other = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-        keys += (_load(query_at + dim, read_ptr, other, num_slots, qkv_stride, False),)
-        values += (_load(query_at + 2 * dim, read_ptr, other, num_slots, qkv_stride, False),)
+        slot = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+        keys_at += (_rows_at(read_ptr, slot, num_slots, qkv_stride, feature, WIDE),)
     last = WHOLE * BLOCK_K + tl.arange(0, TAIL)
+    last_at = _rows_at(read_ptr, last, num_slots, qkv_stride, feature, WIDE)
     inside = last < num_slots
-    last_keys = _load(query_at + dim, read_ptr, last, num_slots, qkv_stride, True)
-    last_values = _load(query_at + 2 * dim, read_ptr, last, num_slots, qkv_stride, True)
-    for start in tl.range(first_query + part * BLOCK_Q, num_slots, num_parts * BLOCK_Q, num_stages=STAGES):
-        slot = start + tl.arange(0, BLOCK_Q)
-        query = _load(query_at, read_ptr, slot, num_slots, qkv_stride, True)
-        if AT_ONCE:
-            last_scores = tl.where(inside[None, :], tl.dot(query, last_keys.T), -float("inf"))
+    for tile in tl.static_range(QUERIES):
+        slot = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        queries_at += (_rows_at(read_ptr, slot, num_slots, qkv_stride, feature, WIDE),)
+        targets += (tl.load(write_ptr + slot, mask=slot < num_slots, other=-1),)
+    for head in tl.range(first_head, first_head + heads_each, num_stages=STAGES):
+        at = qkv_ptr + head * FEATURES
+        keys, values, queries = (), (), ()
+        for tile in tl.static_range(WHOLE):
+            keys += (tl.load(at + dim + keys_at[tile]),)
+        last_keys = tl.load(at + dim + last_at)
+        for tile in tl.static_range(QUERIES):
+            queries += (tl.load(at + queries_at[tile]),)
+        for tile in tl.static_range(WHOLE):
+            values += (tl.load(at + 2 * dim + keys_at[tile]),)
+        last_values = tl.load(at + 2 * dim + last_at)
+        for tile in tl.static_range(QUERIES):
+            last_scores = tl.where(inside[None, :], tl.dot(queries[tile], last_keys.T), -float("inf"))
             best = tl.max(last_scores, axis=1)
             scores = ()
-            for tile in tl.static_range(WHOLE):
-                scores += (tl.dot(query, keys[tile].T),)
-                best = tl.maximum(best, tl.max(scores[tile], axis=1))
+            for other in tl.static_range(WHOLE):
+                scores += (tl.dot(queries[tile], keys[other].T),)
+                best = tl.maximum(best, tl.max(scores[other], axis=1))
             best *= scale
             last_weights = tl.exp2(last_scores * scale - best[:, None])
             total = tl.sum(last_weights, axis=1)
-            mixed = tl.dot(last_weights.to(query.dtype), last_values)
-            for tile in tl.static_range(WHOLE):
-                weights = tl.exp2(scores[tile] * scale - best[:, None])
+            mixed = tl.dot(last_weights.to(last_values.dtype), last_values)
+            for other in tl.static_range(WHOLE):
+                weights = tl.exp2(scores[other] * scale - best[:, None])
                 total += tl.sum(weights, axis=1)
-                mixed = tl.dot(weights.to(query.dtype), values[tile], mixed)
-        else:
-            best = tl.full((BLOCK_Q,), -float("inf"), dtype=tl.float32)
-            total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-            mixed = tl.zeros((BLOCK_Q, FEATURES), dtype=tl.float32)
-            for tile in tl.static_range(WHOLE):
-                best, total, mixed = _mix(query, keys[tile], values[tile], inside, best, total, mixed, scale, False)
-            best, total, mixed = _mix(query, last_keys, last_values, inside, best, total, mixed, scale, True)
-        _store(out_ptr, write_ptr, slot, num_slots, feature, out_stride, mixed, total)
+                mixed = tl.dot(weights.to(last_values.dtype), values[other], mixed)
+            mixed *= (1.0 / total)[:, None]
+            target = targets[tile].to(tl.int64)
+            out_at = target[:, None] * out_stride + head * FEATURES + feature[None, :]
+            tl.store(out_ptr + out_at, mixed.to(out_ptr.dtype.element_ty), mask=(target >= 0)[:, None])
 
 
 def attend_rows(
@@ -145,13 +163,7 @@ def attend_rows(
     num_heads: int,
     *,
     first_query: int = 0,
-    block_q: int = 64,
-    block_k: int = 64,
-    warps: int = 4,
-    stages: int = 2,
-    parts: int = 0,
-    at_once: bool = True,
-    registers: int = 0,
+    attending: Attending | None = None,
 ) -> None:
     """Mix values: queries, keys and values side by side [R, 3 D] into out_RD.
 
@@ -161,33 +173,49 @@ def attend_rows(
         places: Which rows attend to each other.
         num_heads: h; D / h is a power of two of at least 16.
         first_query: Slots before this one are keys and values alone.
-        block_q: Queries taken at a time.
-        block_k: Keys taken at a time; what is left over is a block as small as it can be.
-        warps: Of a program.
-        stages: Of loads in flight.
-        parts: Programs that share the queries of a head, each with all keys and values at hand; 0: a program for each
-            block of queries, which goes through keys and values. Long groups are as with 0.
-        at_once: With parts, hold the scores of all keys at a time, which takes more registers and less work.
-        registers: Of a thread, at most; 0: as many as are of use.
+        attending: How the work is cut; where it is not for such groups, a default is taken.
     """
-    dim = qkv_RX.shape[1] // 3
+    features = qkv_RX.shape[1] // 3 // num_heads
     num_groups, num_slots = places.read_GM.shape
+    scale = 1.4426950408889634 * features**-0.5
+    tensors, strides = (qkv_RX, out_RD, *places), (qkv_RX.stride(0), out_RD.stride(0))
+    if attending is None or first_query or (attending.whole and num_slots > LARGEST_WHOLE):
+        attending = _FEW if num_slots - first_query <= _FEW.block_q else _LONG
+    block_k = attending.block_k
     whole, left = divmod(num_slots, block_k)
-    blocks = triton.cdiv(num_slots - first_query, block_q)
-    keep = parts > 0 and num_slots <= LARGEST_WHOLE
-    if keep and not left:
+    if attending.whole and not left:
         whole, left = whole - 1, block_k
-    tail = max(16, triton.next_power_of_2(left)) if left else 0
-    programs = min(parts, blocks) if keep else blocks
-    grid = (programs * num_heads * num_groups,)
-    arguments = (
-        *(qkv_RX, out_RD, places.read_GM, places.write_GM, num_slots, num_heads, programs, first_query),
-        *(qkv_RX.stride(0), out_RD.stride(0), 1.4426950408889634 * (dim // num_heads) ** -0.5),
-    )
-    sizes = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "TAIL": tail, "FEATURES": dim // num_heads, "num_warps": warps}
-    if registers and qkv_RX.is_cuda:
-        sizes["maxnreg"] = registers
-    if keep:
-        _attention_whole[grid](*arguments, **sizes, WHOLE=whole, STAGES=stages, AT_ONCE=at_once)
+    sizes = {
+        "BLOCK_K": block_k,
+        "TAIL": max(16, triton.next_power_of_2(left)) if left else 0,
+        "FEATURES": features,
+    }
+    if attending.whole:
+        block_q = min(attending.block_q, max(16, triton.next_power_of_2(num_slots)))
+        heads_each = _heads_each(num_groups, num_heads, qkv_RX.device)
+        _attention_whole[(num_groups * num_heads // heads_each,)](
+            *(*tensors, num_slots, num_heads, heads_each, *strides, scale),
+            **sizes,
+            BLOCK_Q=block_q,
+            QUERIES=triton.cdiv(num_slots, block_q),
+            WHOLE=whole,
+            STAGES=attending.stages,
+            WIDE=qkv_RX.numel() >= 2**31,
+            num_warps=max(4, attending.warps * block_q // attending.block_q),
+        )
     else:
-        _attention[grid](*arguments, **sizes, num_stages=stages)
+        blocks = triton.cdiv(num_slots - first_query, attending.block_q)
+        _attention[(blocks * num_heads * num_groups,)](
+            *(*tensors, num_slots, num_heads, blocks, first_query, *strides, scale),
+            **sizes,
+            BLOCK_Q=attending.block_q,
+            num_warps=attending.warps,
+            num_stages=attending.stages,
+        )
+
+
+def _heads_each(num_groups: int, num_heads: int, device: torch.device) -> int:
+    """Heads of a program: as many as leave a program, or nearly two, for each processor."""
+    wanted = 1.9 * num_processors(device)
+    each = [heads for heads in range(1, num_heads + 1) if num_heads % heads == 0]
+    return max([heads for heads in each if num_groups * num_heads // heads >= wanted], default=1)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mone.engine.kernels.gelu import activate, has_tanh
@@ -24,15 +25,19 @@ def _finish(
     sums, out_desc, bias_ptr, gain_ptr, row, column, num_columns,
     BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
     ACTIVATION: tl.constexpr, TANH: tl.constexpr, RESIDUAL: tl.constexpr, GAIN: tl.constexpr,
+    ADDS: tl.constexpr,
 ):  # fmt: skip
     columns = column + tl.arange(0, BLOCK_O)
     sums += tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
     sums = activate(sums, ACTIVATION, TANH)
     if GAIN:
         sums *= tl.load(gain_ptr + row + tl.arange(0, BLOCK_R))[:, None]
-    if RESIDUAL:
-        sums += out_desc.load([row, column]).to(tl.float32)
-    out_desc.store([row, column], sums.to(out_desc.dtype))
+    if ADDS:
+        out_desc.atomic_add([row, column], sums.to(out_desc.dtype))
+    else:
+        if RESIDUAL:
+            sums += out_desc.load([row, column]).to(tl.float32)
+        out_desc.store([row, column], sums.to(out_desc.dtype))
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -52,6 +57,7 @@ def _grouped_gemm(
     TANH: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GAIN: tl.constexpr,
+    ADDS: tl.constexpr,
     FLATTEN: tl.constexpr,
     HALVES: tl.constexpr,
 ):
@@ -68,16 +74,16 @@ def _grouped_gemm(
             left, right = tl.split(tl.permute(tl.reshape(sums, (BLOCK_R, 2, BLOCK_O // 2)), (0, 2, 1)))
             _finish(
                 left, out_desc, bias_ptr, gain_ptr, row, column, num_columns,
-                BLOCK_R, BLOCK_O // 2, ACTIVATION, TANH, RESIDUAL, GAIN,
+                BLOCK_R, BLOCK_O // 2, ACTIVATION, TANH, RESIDUAL, GAIN, ADDS,
             )  # fmt: skip
             _finish(
                 right, out_desc, bias_ptr, gain_ptr, row, column + BLOCK_O // 2, num_columns,
-                BLOCK_R, BLOCK_O // 2, ACTIVATION, TANH, RESIDUAL, GAIN,
+                BLOCK_R, BLOCK_O // 2, ACTIVATION, TANH, RESIDUAL, GAIN, ADDS,
             )  # fmt: skip
         else:
             _finish(
                 sums, out_desc, bias_ptr, gain_ptr, row, column, num_columns,
-                BLOCK_R, BLOCK_O, ACTIVATION, TANH, RESIDUAL, GAIN,
+                BLOCK_R, BLOCK_O, ACTIVATION, TANH, RESIDUAL, GAIN, ADDS,
             )  # fmt: skip
 
 
@@ -126,6 +132,7 @@ def grouped_gemm(
         TANH=has_tanh(rows_RI.device),
         RESIDUAL=residual,
         GAIN=gain_R is not None,
+        ADDS=residual and _adds_in_memory(out_RO.device),
         FLATTEN=tiling.flatten,
         HALVES=tiling.halves,
         num_warps=tiling.warps,
@@ -136,3 +143,9 @@ def grouped_gemm(
 def num_processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; in the interpreter 2, so that programs take several tiles there too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _adds_in_memory(device: torch.device) -> bool:
+    """Whether a tile is added where it lies, without being read; what is added is rounded first."""
+    on_gpu = device.type == "cuda" and not knobs.runtime.interpret
+    return on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)

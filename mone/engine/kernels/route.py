@@ -66,14 +66,14 @@ def place_and_score(x_BKD: Tensor, positions: Tensor, weight_ED: Tensor, bias_E:
 
 
 @triton.jit
-def _bits(at, mask, expert: tl.constexpr, EXPERTS: tl.constexpr, CUMULATIVE: tl.constexpr):
-    """How much tokens are wanted, as integers: bits of positive numbers are in their order.
+def _bits(at, mask, STEP: tl.constexpr, EXPERTS: tl.constexpr, CUMULATIVE: tl.constexpr):
+    """How much the expert that chooses in this step wants tokens; bits of positive numbers are in their order.
 
     As in a sort, what is not a number counts as the largest.
     """
-    wanted = tl.load(at + expert, mask=mask, other=0.0)
+    wanted = tl.load(at + EXPERTS - 1 - STEP, mask=mask, other=0.0)
     if CUMULATIVE:
-        for larger in tl.static_range(expert + 1, EXPERTS):
+        for larger in tl.static_range(EXPERTS - STEP, EXPERTS):
             wanted += tl.load(at + larger, mask=mask, other=0.0)
     return tl.where(wanted == wanted, wanted, float("inf")).to(tl.int32, bitcast=True)
 
@@ -98,13 +98,13 @@ def _prefer(
         if expert > 0:
             tl.store(expert_ptr + token, expert_of, mask=known)
             tl.debug_barrier()  # the others of the program read it
-            bits = _bits(at, known, expert, EXPERTS, CUMULATIVE)
+            bits = _bits(at, known, step, EXPERTS, CUMULATIVE)
             rank = tl.zeros((BLOCK,), dtype=tl.int32)
             for start in range(0, num_tokens, CHUNK):
                 rival = start + tl.arange(0, CHUNK)
                 is_rival = rival < num_tokens
                 is_free = tl.load(expert_ptr + rival, mask=is_rival, other=0) < 0
-                theirs = _bits(probability_ptr + rival * EXPERTS, is_rival, expert, EXPERTS, CUMULATIVE)
+                theirs = _bits(probability_ptr + rival * EXPERTS, is_rival, step, EXPERTS, CUMULATIVE)
                 # Of equals the earlier token is ahead.
                 ahead = tl.where(is_free, theirs, -2)[None, :] + (rival[None, :] < token[:, None]).to(tl.int32)
                 rank += tl.sum((ahead > bits[:, None]).to(tl.int32), axis=1)

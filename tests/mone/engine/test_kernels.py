@@ -17,7 +17,7 @@ from mone.engine.kernels.narrow_mlp import narrow_mlp, parts_of
 from mone.engine.kernels.norm import norm_rows
 from mone.engine.kernels.route import place_and_score, prefer
 from mone.engine.rows import ALIGNMENT, Places, num_rows, row_of_token, runs_of, tiles_of
-from mone.engine.tilings import Tiling
+from mone.engine.tilings import Attending, Tiling
 from mone.engine.tokens import Tokens
 from mone.nested import segments_of
 from mone.routing import expert_preferred_routing
@@ -98,9 +98,8 @@ def test_products_onto_the_first_features(counts):
 
 
 @COUNTS
-@pytest.mark.parametrize("with_branch", [False, True])
 @pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_norms_of_heads_are_those_of_whole_tokens(counts, with_branch, offset):
+def test_norms_of_heads_are_those_of_whole_tokens(counts, offset):
     runs, rows = rows_of(counts)
     row_SN = row_of_token(runs, SEQUENCES, DEVICE)
     x_SND = randn(SEQUENCES, sum(counts), DIM) + offset
@@ -108,14 +107,9 @@ def test_norms_of_heads_are_those_of_whole_tokens(counts, with_branch, offset):
     head, normal = (torch.full((rows, DIM), torch.nan, device=DEVICE) for _ in range(2))
     mean, spread = torch.empty(2, rows, device=DEVICE).unbind(0)
     enter_rows(Tokens(x_SND), row_SN, width_N, head, mean, spread)
-    branch, gain = (randn(rows, DIM), randn(rows)) if with_branch else (None, None)
     weight, bias = randn(DIM), randn(DIM)
-    norm_rows(head, mean, spread, weight, bias, 1e-6, normal, runs, branch_RD=branch, gain_R=gain)
-    whole = x_SND.double()
-    if branch is not None and gain is not None:
-        inside = torch.arange(DIM, device=DEVICE) < width_N[:, None]
-        whole = whole + torch.where(inside, gain[row_SN][..., None] * branch[row_SN], 0.0)
-    expected = F.layer_norm(whole, (DIM,), weight.double(), bias.double(), 1e-6)
+    norm_rows(head, mean, spread, weight, bias, 1e-6, normal, runs)
+    expected = F.layer_norm(x_SND.double(), (DIM,), weight.double(), bias.double(), 1e-6)
     for run in runs:
         tokens = slice(run.token, run.token + run.count)
         actual = normal[row_SN[:, tokens]]
@@ -124,10 +118,10 @@ def test_norms_of_heads_are_those_of_whole_tokens(counts, with_branch, offset):
         assert not actual[..., run.width : padded].any()
 
 
-@pytest.mark.parametrize("num_slots", [1, 5, 16, 64, 70])
+@pytest.mark.parametrize("num_slots", [1, 5, 16, 64, 70, 260])
 @pytest.mark.parametrize("last_only", [False, True])
-@pytest.mark.parametrize(("parts", "at_once"), [(0, True), (1, True), (2, True), (2, False)])
-def test_attention_over_rows_in_any_order(num_slots, last_only, parts, at_once):
+@pytest.mark.parametrize("attending", [None, Attending(16, 32, 4, 2), Attending(16, 32, 4, 2, whole=False)])
+def test_attention_over_rows_in_any_order(num_slots, last_only, attending):
     groups, heads = 3, 2
     rows = groups * num_slots + 4
     qkv, out = randn(rows, 3 * 32, dtype=torch.float16), torch.zeros(rows, 32, dtype=torch.float16, device=DEVICE)
@@ -135,10 +129,7 @@ def test_attention_over_rows_in_any_order(num_slots, last_only, parts, at_once):
     write = read.clone()
     write[0, 0] = -1  # nobody takes this one
     first = num_slots - 1 if last_only else 0
-    attend_rows(
-        *(qkv, out, Places(read, write), heads),
-        **{"first_query": first, "block_q": 16, "block_k": 32, "parts": parts, "at_once": at_once},
-    )
+    attend_rows(qkv, out, Places(read, write), heads, first_query=first, attending=attending)
     q, k, v = (t.double().view(groups, num_slots, heads, 16).transpose(1, 2) for t in qkv[read].split(32, dim=-1))
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     taken = (write >= 0) & (torch.arange(num_slots, device=DEVICE) >= first)

@@ -20,7 +20,7 @@ from mone.nested import segments_of
 
 CPU = torch.device("cpu")
 RUNS = runs_of(segments_of((4, 2, 1, 1), (96, 192, 384, 768)), 16)
-ODD = Tilings(*[Tiling(32, 32, 32, 4, 1)] * 4, narrow=((96, Tiling(64, 64)),), attention=Attending(128), beside=True)
+ODD = Tilings(*[Tiling(32, 32, 32, 4, 1)] * 4, narrow=((96, Tiling(64, 64)),), attention=Attending(64))
 
 
 @pytest.fixture(autouse=True)
@@ -41,14 +41,14 @@ def test_defaults_leave_room_for_the_loads_of_products(capability, room):
 
 
 def test_a_choice_is_used_from_the_next_process_on():
-    before = tilings_for(CPU, RUNS, 768, torch.bfloat16)
-    key = key_of(CPU, RUNS, 768, torch.bfloat16)
+    before = tilings_for(CPU, RUNS, 768)
+    key = key_of(CPU, RUNS, 768)
     assert keep(key, ODD) == choices_file() and keep("another", before)
-    assert tilings_for(CPU, RUNS, 768, torch.bfloat16) == before != ODD
+    assert tilings_for(CPU, RUNS, 768) == before != ODD
     chosen.cache_clear()
-    assert tilings_for(CPU, RUNS, 768, torch.bfloat16) == ODD
+    assert tilings_for(CPU, RUNS, 768) == ODD
     assert chosen() == {key: ODD, "another": before}
-    assert tilings_for(CPU, RUNS[-1:], 768, torch.bfloat16) == default_tilings((0, 0), 1.0)
+    assert tilings_for(CPU, RUNS[-1:], 768) == default_tilings((0, 0), 1.0)
 
 
 def test_a_damaged_file_is_named():
