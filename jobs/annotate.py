@@ -4,8 +4,8 @@ python -m jobs.annotate ARCHIVE --output DIR --model MODEL --capacity 0.4
 """
 
 import dataclasses
+import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,8 @@ from jobs.cluster import connected
 from jobs.inputs import BUNDLED_MODEL, Archive, LimitOptions, TokenArguments, load_model, make_output
 from jobs.plan_record import check_plan, write_plan
 from jobs.progress import clips_progress, videos_progress
-from jobs.run_record import read_run, timestamp, totals_record, versions, write_run
+from jobs.run_record import read_run, totals_record, versions, write_run
+from jobs.session import Session, efficiency, run_name, speed
 from mone.baselines import capacities_of
 from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint
@@ -26,6 +27,7 @@ from pipelines.annotate import Settings, write_annotations
 from pipelines.archive import ArchiveError
 from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.ledger import Totals, totals
+from pipelines.metrics import RunMetrics
 from pipelines.planning import MANIFEST_DIR, write_manifest
 from pipelines.retry import undo_failed
 from pipelines.row_files import LedgerError, count_rows
@@ -63,6 +65,8 @@ class Annotate(TokenArguments, LimitOptions):
     """Exit with status 1 where more clips failed than this share (all rows are written all the same)."""
     update: bool = False
     """Where --model holds another model than DIR was annotated with, do all clips again in place of refusing."""
+    price_per_hour: float = 0.0
+    """What the cluster (or this run's part of it) costs for an hour; adds the cost to run.json, report and metrics."""
     address: str = ""
     """Ray cluster; default RAY_ADDRESS, else Ray starts here."""
 
@@ -80,25 +84,24 @@ def annotate(config: Annotate) -> None:
     videos, signatures = open_archive(config.archive)
     record = _open_record(make_output(config.output), config, checkpoint)
 
-    started_s = time.time()
+    settings = dataclasses.replace(settings, run=run_name(output))
+    session = Session(output, record, RunMetrics(settings.run), config.price_per_hour)
     try:
-        with connected(config.address):
+        with connected(config.address), session.measured():
             if not planned:
                 write_plan(output, config.archive, clip_plan)
             if config.retry_failed:
                 print(f"retry     {undo_failed(output):,} clips", file=sys.stderr)
             with videos_progress() as on_videos:
                 write_manifest(videos, clip_plan, output, settings.limits, on_videos)
-            with clips_progress(output / ANNOTATIONS_DIR, count_rows(output / MANIFEST_DIR)):
+            with clips_progress(output / ANNOTATIONS_DIR, count_rows(output / MANIFEST_DIR), session.tick):
                 write_annotations(output, checkpoint, settings, signatures)
     except (ArchiveError, LedgerError) as error:  # a part of the archive, or files of an earlier run damaged since
         raise UserError(str(error)) from error
     result = totals(output / ANNOTATIONS_DIR, frozenset(checkpoint.labels))
-    record["sessions"].append({"started": timestamp(), "wall_s": round(time.time() - started_s, 3)})
-    record["totals"] = totals_record(result)
-    record["totals"]["wall_s"] = round(sum(session["wall_s"] for session in record["sessions"]), 3)
+    record["totals"] = totals_record(result) | efficiency(result, record["sessions"])
     write_run(output, record)
-    print(summary(result, output))
+    print(summary(result, record["totals"], output))
     if result.failed > config.max_failed_share * result.clips:
         raise JobFailed(f"{result.failed} of {result.clips} clips failed, more than --max-failed-share allows")
 
@@ -119,6 +122,8 @@ def check(config: Annotate) -> tuple[Checkpoint, Settings]:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(config, name)}")
     if config.top_k < 1:
         raise UserError(f"--top-k must be at least 1, got {config.top_k}")
+    if not 0 <= config.price_per_hour < math.inf:
+        raise UserError(f"--price-per-hour must not be negative, got {config.price_per_hour:g}")
     if not 0 <= config.max_failed_share <= 1:
         raise UserError(f"--max-failed-share must be between 0 and 1, got {config.max_failed_share:g}")
     return checkpoint, Settings(
@@ -155,6 +160,7 @@ def _open_record(output: Path, config: Annotate, checkpoint: Checkpoint) -> dict
     record = {
         "config": dataclasses.asdict(config) | {"archive": public_address(config.archive)},
         "identity": identity,
+        "run": run_name(output),
         "labels": list(checkpoint.labels),
         "num_experts": checkpoint.config.num_experts,
         "versions": versions(),
@@ -165,7 +171,7 @@ def _open_record(output: Path, config: Annotate, checkpoint: Checkpoint) -> dict
     return record
 
 
-def summary(result: Totals, output: Path) -> str:
+def summary(result: Totals, record: dict[str, Any], output: Path) -> str:
     """The end of a run in a few lines for people."""
     lines = [
         f"clips     {result.clips:,} ({result.hours:.2f} hours), {result.failed:,} failed",
@@ -179,6 +185,10 @@ def summary(result: Totals, output: Path) -> str:
     lines += [f"failed    {count:,} {status}: {error}" for (status, error), count in result.failures.most_common(8)]
     if len(result.failures) > 8:
         lines.append(f"          and {len(result.failures) - 8} more reasons in run.json")
+    if line := speed(record):
+        lines.append(f"speed     {line}")
+    if "cost" in record:
+        lines.append(f"cost      {record['cost']:,.2f}")
     return "\n".join([*lines, f"rows      {output / ANNOTATIONS_DIR}"])
 
 

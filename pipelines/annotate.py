@@ -18,6 +18,7 @@ from mone.engine.choice import Engine
 from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, withdraw, write_remaining
 from pipelines.limits import DEFAULT_LIMITS, Limits
 from pipelines.manifest import plan_video
+from pipelines.metrics import SILENT, RunMetrics
 from pipelines.planning import MANIFEST_DIR, manifest_table
 from pipelines.predict import Annotator
 from pipelines.schema import DECODED, MANIFEST
@@ -61,6 +62,7 @@ class Settings:
         num_model_workers: Model processes; 0 means one per GPU, or one per two CPUs where there is no GPU.
         engine: Which code runs the model's blocks.
         limits: What reading a video may take.
+        run: The run's name, which its metrics are labelled with; "" records none.
     """
 
     capacity: float
@@ -70,6 +72,7 @@ class Settings:
     num_model_workers: int = 0
     engine: Engine = "auto"
     limits: Limits = DEFAULT_LIMITS
+    run: str = ""
 
 
 def write_annotations(
@@ -98,14 +101,25 @@ def _annotate_remaining(
     output: Path, checkpoint: Checkpoint, settings: Settings, signatures: Signatures, num_clips: int
 ) -> None:
     remaining = ray.data.read_parquet(str(output / REMAINING_DIR), schema=MANIFEST)
+    metrics = RunMetrics(settings.run)
+    decoded = tokenize_stage(
+        remaining,
+        checkpoint.config,
+        settings.tokens,
+        settings.limits,
+        signatures,
+        num_clips=num_clips,
+        metrics=metrics,
+    )
     annotated = model_stage(
-        tokenize_stage(remaining, checkpoint.config, settings.tokens, settings.limits, signatures, num_clips=num_clips),
+        decoded,
         Annotator,
-        (checkpoint, settings.capacity, settings.top_k, settings.engine),
+        (checkpoint, settings.capacity, settings.top_k, settings.engine, metrics),
         batch_size=settings.batch_size,
         num_workers=settings.num_model_workers,
     )
-    annotated.write_datasink(CommittedFiles(output), ray_remote_args={"num_cpus": _WRITE_CPUS})
+    annotated.set_name(settings.run or None)  # the label `dataset` of Ray Data's own metrics
+    annotated.write_datasink(CommittedFiles(output, metrics), ray_remote_args={"num_cpus": _WRITE_CPUS})
 
 
 def plan_stage(videos: Iterable[Video], plan: ClipPlan) -> Dataset:
@@ -131,10 +145,13 @@ def tokenize_stage(
     signatures: Signatures = UNSIGNED,
     *,
     num_clips: int | None = None,
+    metrics: RunMetrics = SILENT,
 ) -> Dataset:
     """MANIFEST rows -> DECODED rows, on CPUs; how many rows there are, if it is known, decides how they are shared."""
     return manifest.repartition(target_num_rows_per_block=_clips_per_task(num_clips)).map_batches(
-        functools.partial(_tokenize, config=config, options=options, limits=limits, signatures=signatures),
+        functools.partial(
+            _tokenize, config=config, options=options, limits=limits, signatures=signatures, metrics=metrics
+        ),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,  # both decoders run on one thread
@@ -148,10 +165,16 @@ def _clips_per_task(num_clips: int | None) -> int:
 
 
 def _tokenize(
-    manifest: pa.Table, config: ModelConfig, options: TokenOptions, limits: Limits, signatures: Signatures
+    manifest: pa.Table,
+    config: ModelConfig,
+    options: TokenOptions,
+    limits: Limits,
+    signatures: Signatures,
+    metrics: RunMetrics,
 ) -> pa.Table:
     """Tokenize with signed addresses in place of the public ones, which stand in what comes out."""
     decoded = tokenize_table(signatures.sign_table(manifest), config, options, limits)
+    metrics.decoded(decoded, config.num_frames)
     place = DECODED.get_field_index("video")
     return decoded.set_column(place, DECODED.field(place), manifest["video"])
 
