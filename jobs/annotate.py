@@ -15,6 +15,7 @@ from jobs.archive_input import open_archive
 from jobs.cli import JobFailed, UserError, checking_input, run
 from jobs.cluster import connected
 from jobs.inputs import BUNDLED_MODEL, Archive, LimitOptions, TokenArguments, load_model, make_output
+from jobs.placement import PlacementOptions, placed
 from jobs.plan_record import check_plan, write_plan
 from jobs.progress import clips_progress, videos_progress
 from jobs.run_record import read_run, totals_record, versions, write_run
@@ -35,7 +36,7 @@ from pipelines.storage.address import public_address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Annotate(TokenArguments, LimitOptions):
+class Annotate(TokenArguments, LimitOptions, PlacementOptions):
     """Label every clip of an archive: one row per clip in DIR/annotations, whatever happened to it.
 
     Plans first where DIR has no manifest. Stopped or killed at any moment, the same command continues; finished, it
@@ -55,8 +56,6 @@ class Annotate(TokenArguments, LimitOptions):
     """Labels kept per clip."""
     batch_size: int = 0
     """Clips of a forward pass; 0 picks 64 on a GPU, 16 on a CPU."""
-    num_model_workers: int = 0
-    """Model processes at most; 0 means one per GPU, or one per two CPUs."""
     engine: Engine = "auto"
     """Code that runs the model's blocks, "reference" being the plainest; all compute the same (docs/performance.md)."""
     retry_failed: bool = False
@@ -88,6 +87,8 @@ def annotate(config: Annotate) -> None:
     session = Session(output, record, RunMetrics(settings.run), config.price_per_hour)
     try:
         with connected(config.address), session.measured():
+            placement = placed(settings.wanted)
+            session.entry |= {"device": placement.device, "model_workers": [placement.least, placement.most]}
             if not planned:
                 write_plan(output, config.archive, clip_plan)
             if config.retry_failed:
@@ -95,7 +96,7 @@ def annotate(config: Annotate) -> None:
             with videos_progress() as on_videos:
                 write_manifest(videos, clip_plan, output, settings.limits, on_videos)
             with clips_progress(output / ANNOTATIONS_DIR, count_rows(output / MANIFEST_DIR), session.tick):
-                write_annotations(output, checkpoint, settings, signatures)
+                write_annotations(output, checkpoint, settings, signatures, placement)
     except (ArchiveError, LedgerError) as error:  # a part of the archive, or files of an earlier run damaged since
         raise UserError(str(error)) from error
     result = totals(output / ANNOTATIONS_DIR, frozenset(checkpoint.labels))
@@ -117,9 +118,8 @@ def check(config: Annotate) -> tuple[Checkpoint, Settings]:
         check_capacity(config.capacity, checkpoint.config.num_experts)
     # What runs is what the rows say: a fixed allocation has a capacity of its own, whatever is asked.
     (capacity,) = capacities_of("mone", checkpoint.config, [config.capacity])
-    for name in ("batch_size", "num_model_workers"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(config, name)}")
+    if config.batch_size < 0:
+        raise UserError(f"--batch-size must not be negative, got {config.batch_size}")
     if config.top_k < 1:
         raise UserError(f"--top-k must be at least 1, got {config.top_k}")
     if not 0 <= config.price_per_hour < math.inf:
@@ -131,7 +131,7 @@ def check(config: Annotate) -> tuple[Checkpoint, Settings]:
         tokens=config.tokens(checkpoint.config),
         top_k=config.top_k,
         batch_size=config.batch_size,
-        num_model_workers=config.num_model_workers,
+        wanted=config.wanted(config.address),
         engine=config.engine,
         limits=config.limits(),
     )

@@ -97,6 +97,8 @@ def efficiency(result: Totals, sessions: list[dict[str, Any]]) -> dict[str, Any]
             did not measure it.
         cost: At the price per hour that each session was given, if any was.
     """
+    # GPUs count where the model ran on them.
+    sessions = [session | ({"gpu_s": 0.0} if session.get("device") == "cpu" else {}) for session in sessions]
     summed = {
         kind: sum(session.get(kind, 0.0) for session in sessions) for kind in ("wall_s", "cpu_s", "gpu_s", "cost")
     }
