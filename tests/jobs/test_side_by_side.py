@@ -53,7 +53,7 @@ def start(archive, model_folder, tmp_path) -> Iterator[Start]:
 
 
 def assert_done(run: subprocess.Popen[str], folder: Path) -> None:
-    _, stderr = run.communicate(timeout=240)
+    _, stderr = run.communicate(timeout=600)
     assert run.returncode == 0, stderr
     found = audit(folder / MANIFEST_DIR, folder / ANNOTATIONS_DIR)
     assert found.clean and found.annotated == NUM_CLIPS
