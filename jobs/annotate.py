@@ -4,8 +4,8 @@ python -m jobs.annotate ARCHIVE --output DIR --model MODEL --capacity 0.4
 """
 
 import dataclasses
+import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,11 @@ from jobs.archive_input import open_archive
 from jobs.cli import JobFailed, UserError, checking_input, run
 from jobs.cluster import connected
 from jobs.inputs import BUNDLED_MODEL, Archive, LimitOptions, TokenArguments, load_model, make_output
+from jobs.placement import PlacementOptions, placed
 from jobs.plan_record import check_plan, write_plan
 from jobs.progress import clips_progress, videos_progress
-from jobs.run_record import read_run, timestamp, totals_record, versions, write_run
+from jobs.run_record import read_run, totals_record, versions, write_run
+from jobs.session import Session, efficiency, run_name, speed
 from mone.baselines import capacities_of
 from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint
@@ -26,6 +28,7 @@ from pipelines.annotate import Settings, write_annotations
 from pipelines.archive import ArchiveError
 from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.ledger import Totals, totals
+from pipelines.metrics import RunMetrics
 from pipelines.planning import MANIFEST_DIR, write_manifest
 from pipelines.retry import undo_failed
 from pipelines.row_files import LedgerError, count_rows
@@ -33,7 +36,7 @@ from pipelines.storage.address import public_address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Annotate(TokenArguments, LimitOptions):
+class Annotate(TokenArguments, LimitOptions, PlacementOptions):
     """Label every clip of an archive: one row per clip in DIR/annotations, whatever happened to it.
 
     Plans first where DIR has no manifest. Stopped or killed at any moment, the same command continues; finished, it
@@ -53,8 +56,6 @@ class Annotate(TokenArguments, LimitOptions):
     """Labels kept per clip."""
     batch_size: int = 0
     """Clips of a forward pass; 0 picks 64 on a GPU, 16 on a CPU."""
-    num_model_workers: int = 0
-    """Model processes at most; 0 means one per GPU, or one per two CPUs."""
     engine: Engine = "auto"
     """Code that runs the model's blocks, "reference" being the plainest; all compute the same (docs/performance.md)."""
     retry_failed: bool = False
@@ -63,6 +64,8 @@ class Annotate(TokenArguments, LimitOptions):
     """Exit with status 1 where more clips failed than this share (all rows are written all the same)."""
     update: bool = False
     """Where --model holds another model than DIR was annotated with, do all clips again in place of refusing."""
+    price_per_hour: float = 0.0
+    """What the cluster (or this run's part of it) costs for an hour; adds the cost to run.json, report and metrics."""
     address: str = ""
     """Ray cluster; default RAY_ADDRESS, else Ray starts here."""
 
@@ -80,25 +83,26 @@ def annotate(config: Annotate) -> None:
     videos, signatures = open_archive(config.archive)
     record = _open_record(make_output(config.output), config, checkpoint)
 
-    started_s = time.time()
+    settings = dataclasses.replace(settings, run=run_name(output))
+    session = Session(output, record, RunMetrics(settings.run), config.price_per_hour)
     try:
-        with connected(config.address):
+        with connected(config.address), session.measured():
+            placement = placed(settings.wanted)
+            session.entry |= {"device": placement.device, "model_workers": [placement.least, placement.most]}
             if not planned:
                 write_plan(output, config.archive, clip_plan)
             if config.retry_failed:
                 print(f"retry     {undo_failed(output):,} clips", file=sys.stderr)
             with videos_progress() as on_videos:
                 write_manifest(videos, clip_plan, output, settings.limits, on_videos)
-            with clips_progress(output / ANNOTATIONS_DIR, count_rows(output / MANIFEST_DIR)):
-                write_annotations(output, checkpoint, settings, signatures)
+            with clips_progress(output / ANNOTATIONS_DIR, count_rows(output / MANIFEST_DIR), session.tick):
+                write_annotations(output, checkpoint, settings, signatures, placement)
     except (ArchiveError, LedgerError) as error:  # a part of the archive, or files of an earlier run damaged since
         raise UserError(str(error)) from error
     result = totals(output / ANNOTATIONS_DIR, frozenset(checkpoint.labels))
-    record["sessions"].append({"started": timestamp(), "wall_s": round(time.time() - started_s, 3)})
-    record["totals"] = totals_record(result)
-    record["totals"]["wall_s"] = round(sum(session["wall_s"] for session in record["sessions"]), 3)
+    record["totals"] = totals_record(result) | efficiency(result, record["sessions"])
     write_run(output, record)
-    print(summary(result, output))
+    print(summary(result, record["totals"], output))
     if result.failed > config.max_failed_share * result.clips:
         raise JobFailed(f"{result.failed} of {result.clips} clips failed, more than --max-failed-share allows")
 
@@ -114,11 +118,12 @@ def check(config: Annotate) -> tuple[Checkpoint, Settings]:
         check_capacity(config.capacity, checkpoint.config.num_experts)
     # What runs is what the rows say: a fixed allocation has a capacity of its own, whatever is asked.
     (capacity,) = capacities_of("mone", checkpoint.config, [config.capacity])
-    for name in ("batch_size", "num_model_workers"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(config, name)}")
+    if config.batch_size < 0:
+        raise UserError(f"--batch-size must not be negative, got {config.batch_size}")
     if config.top_k < 1:
         raise UserError(f"--top-k must be at least 1, got {config.top_k}")
+    if not 0 <= config.price_per_hour < math.inf:
+        raise UserError(f"--price-per-hour must not be negative, got {config.price_per_hour:g}")
     if not 0 <= config.max_failed_share <= 1:
         raise UserError(f"--max-failed-share must be between 0 and 1, got {config.max_failed_share:g}")
     return checkpoint, Settings(
@@ -126,7 +131,7 @@ def check(config: Annotate) -> tuple[Checkpoint, Settings]:
         tokens=config.tokens(checkpoint.config),
         top_k=config.top_k,
         batch_size=config.batch_size,
-        num_model_workers=config.num_model_workers,
+        wanted=config.wanted(config.address),
         engine=config.engine,
         limits=config.limits(),
     )
@@ -155,6 +160,7 @@ def _open_record(output: Path, config: Annotate, checkpoint: Checkpoint) -> dict
     record = {
         "config": dataclasses.asdict(config) | {"archive": public_address(config.archive)},
         "identity": identity,
+        "run": run_name(output),
         "labels": list(checkpoint.labels),
         "num_experts": checkpoint.config.num_experts,
         "versions": versions(),
@@ -165,7 +171,7 @@ def _open_record(output: Path, config: Annotate, checkpoint: Checkpoint) -> dict
     return record
 
 
-def summary(result: Totals, output: Path) -> str:
+def summary(result: Totals, record: dict[str, Any], output: Path) -> str:
     """The end of a run in a few lines for people."""
     lines = [
         f"clips     {result.clips:,} ({result.hours:.2f} hours), {result.failed:,} failed",
@@ -179,6 +185,10 @@ def summary(result: Totals, output: Path) -> str:
     lines += [f"failed    {count:,} {status}: {error}" for (status, error), count in result.failures.most_common(8)]
     if len(result.failures) > 8:
         lines.append(f"          and {len(result.failures) - 8} more reasons in run.json")
+    if line := speed(record):
+        lines.append(f"speed     {line}")
+    if "cost" in record:
+        lines.append(f"cost      {record['cost']:,.2f}")
     return "\n".join([*lines, f"rows      {output / ANNOTATIONS_DIR}"])
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from jobs.cli import UserError, checking_input, run
 from jobs.cluster import connected
 from jobs.inputs import BUNDLED_MODEL, TokenArguments, load_model
+from jobs.placement import PlacementOptions, placed
 from mone.baselines import capacities_of, with_method
 from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint
@@ -26,7 +27,7 @@ from pipelines.evaluate import ScoredClip, score_videos
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluate(TokenArguments):
+class Evaluate(TokenArguments, PlacementOptions):
     """Measure top-1 accuracy per video, averaging the probabilities of its clips, at each capacity.
 
     A video that cannot be decoded counts as wrong and is named. The last line of output is one JSON object.
@@ -53,6 +54,7 @@ def evaluate(config: Evaluate) -> None:
     """Run the job."""
     checkpoint = load_model(config.model)
     plan = config.plan(checkpoint.config.span_s)
+    wanted = config.wanted(config.address)
     with checking_input():
         if not config.capacity:
             raise UserError("give at least one --capacity")
@@ -63,7 +65,8 @@ def evaluate(config: Evaluate) -> None:
         options = config.tokens(checkpoint.config)
         videos = _select(config, checkpoint)
     with connected(config.address):
-        scores = score_videos(videos, plan, checkpoint, capacities, options, config.engine)
+        placement = placed(wanted)
+        scores = score_videos(videos, plan, checkpoint, capacities, options, config.engine, placement)
         scored = list(tqdm(scores, "evaluate", unit="clip", mininterval=1))
     result = _result(scored, capacities, config, checkpoint)
     print(_table(result))

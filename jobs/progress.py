@@ -13,8 +13,14 @@ _POLL_S = 1.0
 
 
 @contextlib.contextmanager
-def clips_progress(annotations: Path, total: int) -> Iterator[None]:
-    """Show a bar while the block runs. It counts the rows of finished files, so it never shows what could be lost."""
+def clips_progress(annotations: Path, total: int, on_left: Callable[[int], object]) -> Iterator[None]:
+    """Show a bar while the block runs. It counts the rows of finished files, so it never shows what could be lost.
+
+    Args:
+        annotations: Folder of the files.
+        total: Rows that there will be.
+        on_left: Called about once a second, and at the end, with the number of rows that are not there yet.
+    """
     counter = _RowCounter(annotations)
     done_before = counter.count()
     stop = threading.Event()
@@ -22,6 +28,7 @@ def clips_progress(annotations: Path, total: int) -> Iterator[None]:
 
         def update() -> None:
             bar.update(counter.count() - bar.n)
+            on_left(total - int(bar.n))
 
         def watch() -> None:
             while not stop.wait(_POLL_S):

@@ -71,7 +71,10 @@ def _train_on_ray(config: Train, job: TrainJob, data: TrainingData, workers: int
         with checking_input():
             sources = worker_sources(data, job, _clips(config), config.cache, int(config.cache_gb * 1e9))
         log = functools.partial(RunLog, job.output, _run(config))
-        asked = Workers(count=workers, strategy=config.strategy, storage=config.storage or job.output)
+        storage = config.storage or job.output
+        asked = Workers(count=workers, strategy=config.strategy, storage=storage, device=config.device)
+        waits = "" if config.device else ": no GPU is up; --device cuda waits for one"
+        print(f"workers   on {'GPUs' if asked.use_gpu else 'CPUs' + waits}", file=sys.stderr)
         try:
             with showing(Path(job.output)):
                 fit(job, sources, asked, log)

@@ -67,7 +67,8 @@ class Train:
     seed: int = 0
     """Of weights, order and draws."""
     device: str = ""
-    """"cuda", "cpu"; default the GPU where there is one. Without --num-workers."""
+    """"cuda", "cpu"; default the GPU where there is one. With --num-workers, "cuda" waits for GPUs that an autoscaler
+    starts, where by default workers are on CPUs if no GPU is up."""
     engine: Engine = "auto"
     """Code that runs the model's blocks, "reference" being the plainest; all compute the same (docs/performance.md)."""
     cuda_graphs: bool = True
@@ -109,10 +110,11 @@ def check_options(config: Train) -> int | tuple[int, int]:
     least, most = int(match[1]), int(match[2] or match[1])
     if most < least or (match[2] and not least):
         raise UserError(f"--num-workers {config.num_workers}: MIN must be at least 1 and at most MAX")
-    idle = ("storage", "address") if most == 0 else ("device",)
-    for name in idle:
-        if getattr(config, name):
-            raise UserError(f"--{name} has no effect {'without' if most == 0 else 'with'} --num-workers")
+    for name in ("storage", "address"):
+        if most == 0 and getattr(config, name):
+            raise UserError(f"--{name} has no effect without --num-workers")
+    if most and config.device not in ("", "cuda", "cpu"):
+        raise UserError(f"--device must be cuda or cpu, got {config.device!r}")
     if "://" in config.cache and most == 0:
         raise UserError("--cache must be a folder without --num-workers, not a URI")
     if config.strategy == "fsdp" and most == 0:

@@ -18,6 +18,8 @@ from mone.engine.choice import Engine
 from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, withdraw, write_remaining
 from pipelines.limits import DEFAULT_LIMITS, Limits
 from pipelines.manifest import plan_video
+from pipelines.metrics import SILENT, RunMetrics
+from pipelines.placement import ANY_DEVICE, Placement, Wanted, nodes_up, place, task_memory
 from pipelines.planning import MANIFEST_DIR, manifest_table
 from pipelines.predict import Annotator
 from pipelines.schema import DECODED, MANIFEST
@@ -44,9 +46,6 @@ CLIPS_PER_TASK = 32
 _TASKS_PER_CORE, _FEWEST_CLIPS = 8, 4
 # Heap of a decoding task and its child. Ray cannot see heap, so it is asked for.
 DECODE_MEMORY_BYTES = DEFAULT_LIMITS.memory_bytes
-# A write waits for the disk. Its share comes from a model process, so that on two cores, one decoding, one running
-# the model, there is room to write: without it nothing is committed before everything is decoded.
-_WRITE_CPUS = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,22 +57,28 @@ class Settings:
         tokens: Views, and whether static patches are dropped.
         top_k: Labels kept per clip.
         batch_size: Clips of a forward pass; 0 picks by device.
-        num_model_workers: Model processes; 0 means one per GPU, or one per two CPUs where there is no GPU.
+        wanted: What the model's processes run on.
         engine: Which code runs the model's blocks.
         limits: What reading a video may take.
+        run: The run's name, which its metrics are labelled with; "" records none.
     """
 
     capacity: float
     tokens: TokenOptions = WHOLE_CLIPS
     top_k: int = 5
     batch_size: int = 0
-    num_model_workers: int = 0
+    wanted: Wanted = ANY_DEVICE
     engine: Engine = "auto"
     limits: Limits = DEFAULT_LIMITS
+    run: str = ""
 
 
 def write_annotations(
-    output: Path, checkpoint: Checkpoint, settings: Settings, signatures: Signatures = UNSIGNED
+    output: Path,
+    checkpoint: Checkpoint,
+    settings: Settings,
+    signatures: Signatures = UNSIGNED,
+    placement: Placement | None = None,
 ) -> None:
     """Annotate every clip of DIR/manifest that is not committed yet.
 
@@ -85,27 +90,45 @@ def write_annotations(
         checkpoint: The model.
         settings: How.
         signatures: What signed addresses are read with.
+        placement: Where the model runs; None: where the settings and the nodes that are up say.
     """
     fence(output)
     withdraw(output, output / MANIFEST_DIR, checkpoint.model_id)
     if num_clips := write_remaining(output, output / MANIFEST_DIR):
-        _annotate_remaining(output, checkpoint, settings, signatures, num_clips)
+        placement = placement or place(settings.wanted, nodes_up())
+        _annotate_remaining(output, checkpoint, settings, signatures, placement, num_clips)
     fence(output)
     shutil.rmtree(output / REMAINING_DIR, ignore_errors=True)
 
 
 def _annotate_remaining(
-    output: Path, checkpoint: Checkpoint, settings: Settings, signatures: Signatures, num_clips: int
+    output: Path,
+    checkpoint: Checkpoint,
+    settings: Settings,
+    signatures: Signatures,
+    placement: Placement,
+    num_clips: int,
 ) -> None:
     remaining = ray.data.read_parquet(str(output / REMAINING_DIR), schema=MANIFEST)
-    annotated = model_stage(
-        tokenize_stage(remaining, checkpoint.config, settings.tokens, settings.limits, signatures, num_clips=num_clips),
-        Annotator,
-        (checkpoint, settings.capacity, settings.top_k, settings.engine),
-        batch_size=settings.batch_size,
-        num_workers=settings.num_model_workers,
+    metrics = RunMetrics(settings.run)
+    decoded = tokenize_stage(
+        remaining,
+        checkpoint.config,
+        settings.tokens,
+        settings.limits,
+        signatures,
+        num_clips=num_clips,
+        metrics=metrics,
     )
-    annotated.write_datasink(CommittedFiles(output), ray_remote_args={"num_cpus": _WRITE_CPUS})
+    annotated = model_stage(
+        decoded,
+        Annotator,
+        (checkpoint, settings.capacity, settings.top_k, settings.engine, metrics),
+        batch_size=settings.batch_size,
+        placement=placement,
+    )
+    annotated.set_name(settings.run or None)  # the label `dataset` of Ray Data's own metrics
+    annotated.write_datasink(CommittedFiles(output, metrics), ray_remote_args={"num_cpus": placement.write_cpus})
 
 
 def plan_stage(videos: Iterable[Video], plan: ClipPlan) -> Dataset:
@@ -131,14 +154,18 @@ def tokenize_stage(
     signatures: Signatures = UNSIGNED,
     *,
     num_clips: int | None = None,
+    metrics: RunMetrics = SILENT,
 ) -> Dataset:
     """MANIFEST rows -> DECODED rows, on CPUs; how many rows there are, if it is known, decides how they are shared."""
     return manifest.repartition(target_num_rows_per_block=_clips_per_task(num_clips)).map_batches(
-        functools.partial(_tokenize, config=config, options=options, limits=limits, signatures=signatures),
+        functools.partial(
+            _tokenize, config=config, options=options, limits=limits, signatures=signatures, metrics=metrics
+        ),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,  # both decoders run on one thread
-        memory=min(limits.memory_bytes, DECODE_MEMORY_BYTES),  # what a limit allows beyond that is rarely needed
+        # What a limit allows beyond that is rarely needed.
+        memory=task_memory(min(limits.memory_bytes, DECODE_MEMORY_BYTES), nodes_up()),
     )
 
 
@@ -148,36 +175,44 @@ def _clips_per_task(num_clips: int | None) -> int:
 
 
 def _tokenize(
-    manifest: pa.Table, config: ModelConfig, options: TokenOptions, limits: Limits, signatures: Signatures
+    manifest: pa.Table,
+    config: ModelConfig,
+    options: TokenOptions,
+    limits: Limits,
+    signatures: Signatures,
+    metrics: RunMetrics,
 ) -> pa.Table:
     """Tokenize with signed addresses in place of the public ones, which stand in what comes out."""
     decoded = tokenize_table(signatures.sign_table(manifest), config, options, limits)
+    metrics.decoded(decoded, config.num_frames)
     place = DECODED.get_field_index("video")
     return decoded.set_column(place, DECODED.field(place), manifest["video"])
 
 
 def model_stage(
-    decoded: Dataset, model: type, arguments: tuple[Any, ...], *, batch_size: int = 0, num_workers: int = 0
+    decoded: Dataset,
+    model: type,
+    arguments: tuple[Any, ...],
+    *,
+    batch_size: int = 0,
+    placement: Placement | None = None,
 ) -> Dataset:
-    """DECODED rows -> what the model says, on GPUs where the cluster has any, else on CPUs.
+    """DECODED rows -> what the model says.
 
     Args:
         decoded: From `tokenize_stage`.
         model: Callable class.
         arguments: Of its constructor.
         batch_size: Clips of a call; 0 picks by device.
-        num_workers: Processes at most; 0 picks by cluster.
+        placement: Where it runs; None: on GPUs where any is up, else on CPUs.
     """
-    resources = ray.cluster_resources()
-    num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    # Without a GPU half of the cores decode while the other half run the model.
-    workers = num_workers or num_gpus or max(1, num_cpus // 2)
+    placement = placement or place(ANY_DEVICE, nodes_up())
     return decoded.map_batches(
         model,
         fn_constructor_args=arguments,
-        batch_size=batch_size or (64 if num_gpus else 16),
+        batch_size=batch_size or (64 if placement.gpus else 16),
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=workers),
-        num_cpus=1 - _WRITE_CPUS,
-        num_gpus=1 if num_gpus else 0,
+        compute=ActorPoolStrategy(min_size=placement.least, max_size=placement.most),
+        num_cpus=placement.cpus,
+        num_gpus=placement.gpus,
     )

@@ -21,6 +21,7 @@ from ray.data import Datasink
 from ray.data.block import Block, BlockAccessor
 
 from pipelines.clip_ids import Rows, rows_found
+from pipelines.metrics import SILENT, RunMetrics
 from pipelines.row_files import has_rows, parquet_files, read_columns
 from pipelines.schema import ANNOTATIONS, MANIFEST
 
@@ -66,8 +67,8 @@ class StagedFiles:
 class CommittedFiles(Datasink[None]):
     """Writes ANNOTATIONS rows to DIR/annotations, a file per task, each by one rename."""
 
-    def __init__(self, output: Path) -> None:
-        self.files = StagedFiles(output, ANNOTATIONS_DIR)
+    def __init__(self, output: Path, metrics: RunMetrics = SILENT) -> None:
+        self.files, self.metrics = StagedFiles(output, ANNOTATIONS_DIR), metrics
 
     def write(self, blocks: Iterable[Block], ctx) -> None:
         """Write and commit one task's rows.
@@ -79,7 +80,9 @@ class CommittedFiles(Datasink[None]):
         tables = [table for table in (BlockAccessor.for_block(block).to_arrow() for block in blocks) if len(table)]
         if tables:
             name = f"{self.files.run}-{ctx.task_idx:06d}.parquet"
-            self.files.commit(name, pa.concat_tables(tables).cast(ANNOTATIONS))
+            rows = pa.concat_tables(tables).cast(ANNOTATIONS)
+            self.files.commit(name, rows)
+            self.metrics.committed(rows)
 
 
 def fence(output: Path) -> None:

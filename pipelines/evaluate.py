@@ -10,6 +10,7 @@ from mone.checkpoint import Checkpoint
 from mone.engine.choice import Engine
 from pipelines.annotate import model_stage, plan_stage, tokenize_stage
 from pipelines.archive import Video
+from pipelines.placement import Placement
 from pipelines.predict import Annotator
 from pipelines.schema import Status
 from pipelines.timeline import ClipPlan
@@ -79,10 +80,11 @@ def score_videos(
     capacities: tuple[float, ...],
     options: TokenOptions = WHOLE_CLIPS,
     engine: Engine = "auto",
+    placement: Placement | None = None,
 ) -> Iterator[ScoredClip]:
     """Every clip of labelled videos with its class probabilities at each capacity, in no particular order."""
     decoded = tokenize_stage(plan_stage(videos, plan), checkpoint.config, options)
-    scored = model_stage(decoded, Scorer, (checkpoint, capacities, engine))
+    scored = model_stage(decoded, Scorer, (checkpoint, capacities, engine), placement=placement)
     for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in pa.table(batch).to_pylist():
             probabilities = np.array(row["probabilities"], dtype=np.float32)

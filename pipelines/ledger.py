@@ -132,12 +132,12 @@ def totals(annotations: Path, known_labels: frozenset[str]) -> Totals:
     for table in read_columns(annotations, _TOTALLED, ANNOTATIONS):
         result.clips += len(table)
         ok = table.filter(pc.field("status") == Status.OK.value)
-        result.hours += (_sum(ok["end_s"]) - _sum(ok["start_s"])) / 3600
+        result.hours += (column_sum(ok["end_s"]) - column_sum(ok["start_s"])) / 3600
         result.flops += sum(filter(None, table["flops"].to_pylist()))  # beyond what a float64 holds exactly
         result.kept_flops += sum(filter(None, table["kept_flops"].to_pylist()))
         result.dense_flops += sum(filter(None, table["dense_flops"].to_pylist()))
-        result.decode_s += _sum(table["decode_ms"]) / 1e3
-        result.model_s += _sum(table["model_ms"]) / 1e3
+        result.decode_s += column_sum(table["decode_ms"]) / 1e3
+        result.model_s += column_sum(table["model_ms"]) / 1e3
         result.statuses.update(table["status"].to_pylist())
         result.labels.update(ok["label"].to_pylist())
         result.decoders.update(ok["decoder"].to_pylist())
@@ -154,6 +154,6 @@ def totals(annotations: Path, known_labels: frozenset[str]) -> Totals:
     return result
 
 
-def _sum(column: pa.ChunkedArray) -> float:
+def column_sum(column: pa.ChunkedArray) -> float:
     """Sum in float64, nulls left out."""
     return float(np.nansum(column.to_numpy().astype(np.float64)))

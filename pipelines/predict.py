@@ -12,6 +12,7 @@ from mone.checkpoint import Checkpoint
 from mone.compute import Compute, clip_compute
 from mone.engine.choice import Engine
 from mone.engine.graphs import Replayed
+from pipelines.metrics import SILENT, RunMetrics
 from pipelines.schema import ANNOTATIONS, Status
 from pipelines.tokenize import Tokens, tokens_of
 
@@ -28,7 +29,14 @@ class _Answer:
 class Annotator:
     """A model at one capacity, as a callable for Ray Data: DECODED rows to ANNOTATIONS rows, one for one, in order."""
 
-    def __init__(self, checkpoint: Checkpoint, capacity: float, top_k: int, engine: Engine = "auto") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        capacity: float,
+        top_k: int,
+        engine: Engine = "auto",
+        metrics: RunMetrics = SILENT,
+    ) -> None:
         """Load the model on the GPU that this process was given, else on the CPU."""
         self.checkpoint, self.capacity = checkpoint, capacity
         self.top_k = min(top_k, checkpoint.config.num_classes)
@@ -38,18 +46,22 @@ class Annotator:
         self.model.encoder.engine = engine
         # Kernels are so short that the host's work for each would show.
         self.replayed = Replayed(self.model) if engine != "reference" and self.device.type == "cuda" else None
+        self.metrics, self._idle_since_s = metrics, time.perf_counter()
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Annotate a batch. Nothing raises: a clip that the model cannot take is a row with `model_error`."""
         started_s, answers = time.perf_counter(), {}
         for tokens in tokens_of(decoded, self.checkpoint.config):
             answers |= dict(zip(tokens.rows, self._answer(tokens), strict=True))
-        model_ms = (time.perf_counter() - started_s) * 1e3 / max(1, len(answers))
+        model_s = time.perf_counter() - started_s
+        model_ms = model_s * 1e3 / max(1, len(answers))
+        self.metrics.predicted(model_s if answers else 0.0, started_s - self._idle_since_s)
         rows = decoded.drop_columns(["patches", "kept"]).to_pylist()
         annotated = [
             self._row(row, answers.get(number), model_ms if number in answers else 0.0)
             for number, row in enumerate(rows)
         ]
+        self._idle_since_s = time.perf_counter()
         return pa.Table.from_pylist(annotated, schema=ANNOTATIONS)
 
     def _answer(self, tokens: Tokens) -> list[_Answer]:

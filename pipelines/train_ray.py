@@ -45,13 +45,20 @@ class Workers:
         count: Or (least, most): the run goes on with what there is, and grows again.
         strategy: "ddp" or "fsdp".
         storage: Folder or pyarrow URI of the checkpoints.
+        device: "cuda", "cpu", or "" for GPUs where any is up.
         max_failures: Restarts after the failure of a worker, before the run is given up; -1: any number.
     """
 
     count: int | tuple[int, int]
     strategy: Strategy
     storage: str
+    device: str = ""
     max_failures: int = 3
+
+    @property
+    def use_gpu(self) -> bool:
+        """Whether each is to have a GPU; an autoscaler may have to start it."""
+        return self.device == "cuda" or (not self.device and ray.cluster_resources().get("GPU", 0) > 0)
 
 
 Log = Callable[[dict[str, Any]], None]
@@ -82,7 +89,7 @@ def fit(job: TrainJob, sources: Callable[[], Sources], workers: Workers, make_lo
     (Path(job.output) / DIVERGED_FILE).unlink(missing_ok=True)
     _check_cpus(workers)
     _quiet()
-    use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    use_gpu = workers.use_gpu
     trainer = TorchTrainer(
         functools.partial(_work, job=job, sources=sources, strategy=workers.strategy, make_log=make_log),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -107,6 +114,8 @@ def fit(job: TrainJob, sources: Callable[[], Sources], workers: Workers, make_lo
 
 
 def _check_cpus(workers: Workers) -> None:
+    if workers.device == "cuda" and not ray.cluster_resources().get("GPU", 0):
+        return  # what will be up beside the GPUs is not known
     least = workers.count if isinstance(workers.count, int) else workers.count[0]
     cpus, needed = ray.cluster_resources().get("CPU", 0), math.ceil(least * _WORKER_CPUS) + 1
     if cpus < needed:

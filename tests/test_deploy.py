@@ -152,7 +152,8 @@ def options(name: str, config: type) -> Any:
     return tyro.cli(config, args=arguments)
 
 
-def test_their_commands_are_jobs_of_ours():
+def test_their_commands_are_jobs_of_ours(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # as KubeRay does
     check(options("rayjob-annotate.yaml", Annotate))
     assert check_options(options("rayjob-train.yaml", Train)) == (1, 2)
 

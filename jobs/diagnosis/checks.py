@@ -13,8 +13,8 @@ _OURS = "mone-video"
 _UNKNOWN = "unknown"
 _GIB = 1 << 30
 
-# A job plans, decodes and runs the model at the same time.
-_LEAST_CPUS = 2
+# A worker holds part of one while clips are decoded for it.
+_LEAST_CPUS_TO_TRAIN = 2
 # Ray Data takes about half of the object store; of a decoding core, one block is made while the last one waits.
 _STORE_BLOCKS_PER_CPU, _STORE_SHARE = 2, 0.5
 # Object stores and certificates refuse clocks that are minutes apart; seconds mix up logs.
@@ -104,9 +104,11 @@ def check_capacity(resources: Mapping[str, NodeResources], block_bytes: int, tas
         task_memory_bytes: Heap of a decoding task.
     """
     findings, cpus = list[Finding](), int(sum(node.cpus for node in resources.values()))
-    if cpus < _LEAST_CPUS:
-        remedy = f"start workers (min_workers), at least {_LEAST_CPUS} CPUs"
-        findings.append(_error("cpu", f"{cpus} CPUs, and a job waits for ever", remedy))
+    if not cpus:
+        findings.append(_error("cpu", "no CPUs, and a job waits for ever", "start workers (min_workers)"))
+    elif cpus < _LEAST_CPUS_TO_TRAIN:
+        message, remedy = f"{cpus} CPU annotates, but does not train", f"at least {_LEAST_CPUS_TO_TRAIN} CPUs"
+        findings.append(_warning("cpu", message, remedy))
     else:
         findings.append(Finding(check="cpu", level="ok", message=f"{cpus} CPUs on {_nodes(len(resources))}"))
     for name, node in resources.items():

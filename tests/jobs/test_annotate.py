@@ -166,6 +166,7 @@ def test_another_archive_needs_another_folder(finished, archive, model_folder, c
     assert "archive" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_retrying_does_the_failed_rows_and_no_others(finished, archive, model_folder, monkeypatch, capsys):
     monkeypatch.setattr(jobs.annotate, "connected", lambda address: contextlib.nullcontext())
     undone, planned, done = [], [], []
@@ -179,7 +180,7 @@ def test_retrying_does_the_failed_rows_and_no_others(finished, archive, model_fo
     expected = Limits(timeout_s=7, memory_bytes=2**29)
     assert undone == [finished]
     assert [limits for _, _, _, limits, _ in planned] == [expected] * 2
-    assert [settings.limits for _, _, settings, _ in done] == [expected] * 2
+    assert [settings.limits for _, _, settings, *_ in done] == [expected] * 2
     assert "retry     2 clips" in capsys.readouterr().err
 
 

@@ -215,8 +215,16 @@ BAD_TOKENS = ["--drop-static=-1", "--drop-static=256", "--drop-static=nan", "--v
 BAD_NUMBERS = {
     "annotate": [
         *("--span=-1", "--span=nan", "--span=inf", "--stride=-0.5", "--stride=nan", "--clips-per-video=-1"),
-        *("--clips-per-video=2.5", "--batch-size=-1", "--num-model-workers=-1", "--top-k=0", "--top-k=-3"),
-        *("--max-failed-share=-0.1", "--max-failed-share=1.5", "--max-failed-share=nan"),
+        *(
+            "--clips-per-video=2.5",
+            "--batch-size=-1",
+            "--num-model-workers=-1",
+            "--num-model-workers=2:1",
+            "--top-k=0",
+            "--top-k=-3",
+        ),
+        *("--max-failed-share=-0.1", "--max-failed-share=1.5", "--max-failed-share=nan", "--price-per-hour=-1"),
+        *("--gpus-per-worker=0", "--gpus-per-worker=1.5", "--device=tpu"),
         *BAD_TOKENS,
     ],
     "doctor": ["--limit-s=0", "--limit-s=nan", "--limit-s=long"],

@@ -85,8 +85,8 @@ def test_a_gpu_that_cannot_be_used_is_an_error_and_what_only_makes_it_faster_a_w
     assert [finding.check for finding in found] == ["triton", "nvdec"] and levels(found) == ["warning"] * 2
 
 
-@pytest.mark.parametrize("cpus, level", [(0, "error"), (1, "error"), (2, "ok")])
-def test_a_job_needs_two_cpus_wherever_they_are(cpus, level):
+@pytest.mark.parametrize("cpus, level", [(0, "error"), (1, "warning"), (2, "ok")])
+def test_training_needs_two_cpus_and_annotating_one_wherever_they_are(cpus, level):
     head = dataclasses.replace(RESOURCES, cpus=0)
     found = check_capacity({"head": head, "a": dataclasses.replace(RESOURCES, cpus=cpus)}, 1, GIB)
     assert [finding.level for finding in found if finding.check == "cpu"] == [level]

@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import jobs.report
+from jobs.session import efficiency
 from pipelines.archive import Video, list_videos
 from pipelines.commit import ANNOTATIONS_DIR
+from pipelines.ledger import Totals
 from pipelines.manifest import plan_video
 from pipelines.planning import MANIFEST_DIR
 from pipelines.predict import Annotator
@@ -73,6 +75,23 @@ def test_names_of_files_and_labels_are_text_and_not_markup(copy):
     page = page_of(copy, "--clips", "0")
     assert "&lt;b&gt;archive&lt;/b&gt;" in page
     assert "<b>archive" not in page and "<script" not in page
+
+
+@pytest.mark.parametrize(("gpu_s", "per", "shown"), [(0.0, "CPU", "21.6"), (50.0, "GPU", "43.2")])
+def test_how_well_the_cluster_was_used_is_said_where_it_was_measured(copy, gpu_s, per, shown):
+    assert "time of the cluster" not in page_of(copy, "--clips", "0")
+    record = json.loads((copy / "run.json").read_text())
+    sessions = [{"wall_s": 50.0, "cpu_s": 100.0, "gpu_s": gpu_s, "cost": 1.5}]
+    record["totals"] = efficiency(Totals(hours=0.025, decode_s=31.0, model_s=11.0), sessions)
+    (copy / "run.json").write_text(json.dumps(record))
+    page = " ".join(page_of(copy, "--clips", "0").split())
+    for name, value in {
+        f"video hours a day per {per}": shown,
+        "CPU time of the cluster spent decoding": "31.0 %",
+        f"{per} time of the cluster spent in the model": "22.0 %" if gpu_s else "11.0 %",
+        "cost": "1.50",
+    }.items():
+        assert re.search(rf"<th>{name}</th> ?<td>{value}</td>", page), name
 
 
 def test_rows_that_are_missing_are_said(copy):

@@ -258,7 +258,7 @@ def test_a_loss_that_is_not_finite_is_status_1_and_no_such_state_is_kept(data, t
         (["--cache", "s3://there"], "--cache must be a folder without --num-workers"),
         (["--storage", "there"], "--storage has no effect without --num-workers"),
         (["--address", "there"], "--address has no effect without --num-workers"),
-        (["--num-workers", "1", "--device", "cpu"], "--device has no effect with --num-workers"),
+        (["--num-workers", "1", "--device", "abacus"], "--device must be cuda or cpu"),
         (["--strategy", "fsdp"], "--strategy fsdp needs --num-workers"),
         (["--checkpoint-every", "0"], "--checkpoint-every must be at least 1"),
     ],

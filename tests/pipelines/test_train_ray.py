@@ -135,6 +135,14 @@ def fit_here(run: TrainJob, sources: Any, count: int | tuple[int, int], **option
 
 
 @pytest.mark.usefixtures("shared_ray")
+@pytest.mark.parametrize(("device", "use_gpu"), [("", False), ("cpu", False), ("cuda", True)])
+def test_gpus_are_asked_for_where_none_is_up_only_if_they_are_wanted(device, use_gpu):
+    from pipelines.train_ray import Workers
+
+    assert Workers(count=1, strategy="ddp", storage="", device=device).use_gpu == use_gpu
+
+
+@pytest.mark.usefixtures("shared_ray")
 def test_a_worker_is_killed_and_the_model_is_that_of_one_process(alone, tmp_path):
     from mone.order import EpochOrder
 
