@@ -159,7 +159,7 @@ class PipelineSpeed:
 
     def _sides(self, case: "_Case", decoders: Any, checkpoint: Checkpoint | None) -> dict[str, Callable[[], "Done"]]:
         from jobs.benchmarks import sides
-        from pipelines.tokenize import view_of
+        from pipelines.patches import view_of
 
         view = view_of(case.config)
         found: dict[str, Callable[[], Done]] = {

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import pipelines.annotate
+import pipelines.ingest
 import pipelines.planning
 from mone.checkpoint import Checkpoint
 from pipelines.annotate import Settings, write_annotations
@@ -46,7 +46,7 @@ def videos(archive) -> list[Video]:
 def many_tasks(monkeypatch) -> None:
     """Tasks so small that every stage has several, and one of them has nothing but failures."""
     monkeypatch.setattr(pipelines.planning, "_VIDEOS_PER_TASK", 3)
-    monkeypatch.setattr(pipelines.annotate, "CLIPS_PER_TASK", 1)
+    monkeypatch.setattr(pipelines.ingest, "CLIPS_PER_TASK", 1)
 
 
 def manifest_by_hand(videos: list[Video], plan: ClipPlan = PLAN) -> pa.Table:
@@ -141,6 +141,7 @@ _SLOW_RUN = """
 import sys, time
 from pathlib import Path
 import pipelines.annotate as graph
+import pipelines.ingest
 from jobs.cluster import connected
 from mone.checkpoint import read_checkpoint
 from pipelines.predict import Annotator
@@ -150,7 +151,7 @@ class Slow(Annotator):
         time.sleep(0.1)
         return super().__call__(batch)
 
-graph.Annotator, graph.CLIPS_PER_TASK = Slow, 1
+graph.Annotator, pipelines.ingest.CLIPS_PER_TASK = Slow, 1
 settings = graph.Settings(capacity=0.4, top_k=3, batch_size=1)
 with connected(""):
     graph.write_annotations(Path(sys.argv[1]), read_checkpoint(sys.argv[2]), settings)
