@@ -19,9 +19,9 @@ from mone.config import ModelConfig
 from pipelines.archive import Video
 from pipelines.decode import Clip, decode_clips
 from pipelines.manifest import plan_video, source_of
+from pipelines.patches import view_of
 from pipelines.preview import draw, expert_colours, expert_maps
 from pipelines.timeline import ClipPlan
-from pipelines.tokenize import view_of
 from pipelines.view import View
 
 ROOT = Path(__file__).parents[1]

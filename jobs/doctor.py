@@ -18,8 +18,8 @@ from jobs.diagnosis import checks
 from jobs.diagnosis.finding import Finding
 from jobs.inputs import BUNDLED_MODEL, load_model, make_output
 from mone.config import ModelConfig
-from pipelines.annotate import CLIPS_PER_TASK, DECODE_MEMORY_BYTES
 from pipelines.archive import Video, list_videos
+from pipelines.ingest import CLIPS_PER_TASK, DECODE_MEMORY_BYTES
 from pipelines.storage.address import public_address
 
 _NUM_VIDEOS = 4

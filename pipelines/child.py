@@ -26,7 +26,7 @@ from pipelines.channel import Channel, shared_memory
 from pipelines.schema import Status
 
 # Imported by a child before its first call, so that no call pays for it.
-_PRELOADED = ["pipelines.decode"]
+_PRELOADED = ["pipelines.patches"]
 _START_TIMEOUT_S = 120.0
 # How often the memory of a child is looked at; a processor can fill some 100 MB between two looks.
 _LOOK_S = 0.02

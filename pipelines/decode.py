@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Self
 
 import av.error
 import numpy as np
@@ -76,25 +77,34 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Clip:
-    """Decoded frames of one span.
+class Served:
+    """How a span was decoded.
 
     Attributes:
-        frames_THWC: uint8 RGB [T, H, W, 3].
         decoder: "decord" or "pyav".
         note: What was unusual: why decord was passed over, damaged packets, instants past the last frame.
         repeated_share: Of the steps from one frame of the file to another, those at which no pixel changes: the scene
             stands still, or the decoder repeats a frame for one that it cannot decode.
     """
 
-    frames_THWC: np.ndarray = field(repr=False)
     decoder: str
     note: str = ""
     repeated_share: float = 0.0
 
-    def with_note(self, note: str) -> "Clip":
-        """The same clip with a note before its own."""
+    def with_note(self, note: str) -> Self:
+        """The same with a note before its own."""
         return dataclasses.replace(self, note="; ".join(filter(None, (note, self.note))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clip(Served):
+    """Decoded frames of one span.
+
+    Attributes:
+        frames_THWC: uint8 RGB [T, H, W, 3].
+    """
+
+    frames_THWC: np.ndarray = field(repr=False)
 
 
 class DecoderUnfit(Exception):  # noqa: N818 - the next decoder's turn

@@ -8,8 +8,9 @@ import pyarrow as pa
 
 from mone.checkpoint import Checkpoint
 from mone.engine.choice import Engine
-from pipelines.annotate import model_stage, plan_stage, tokenize_stage
+from pipelines.annotate import model_stage
 from pipelines.archive import Video
+from pipelines.ingest import plan_stage, tokenize_stage
 from pipelines.placement import Placement
 from pipelines.predict import Annotator
 from pipelines.schema import Status

@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import ray
 from tqdm import tqdm
 
-from pipelines.annotate import DECODE_MEMORY_BYTES
 from pipelines.clip_cache import CACHE_FILE, CACHED, CLIPS_DIR, CLIPS_KEY, ClipCache, fingerprint
 from pipelines.clip_source import clip_bytes
 from pipelines.commit import STAGING_DIR, StagedFiles
 from pipelines.decode import Clip
+from pipelines.ingest import DECODE_MEMORY_BYTES
 from pipelines.manifest import decode_planned
 from pipelines.schema import PlannedClip, Status
 from pipelines.view import View

@@ -4,10 +4,10 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from pipelines.child import Call, Killed, call, call_each
-from pipelines.decode import Clip, Outcome, Source, chain_of, decode_clips
+from pipelines.decode import Served, Source, chain_of, decode_clips
 from pipelines.failure import DecodeFailure
 from pipelines.limits import DEFAULT_LIMITS, Limits
 from pipelines.probe import VideoInfo, probe
@@ -18,7 +18,9 @@ from pipelines.view import View
 _MAX_TIMEOUTS = 2
 
 
-Decode = Callable[[Source, Sequence[tuple[float, float]], View, Sequence[str]], list[Outcome]]
+T = TypeVar("T", bound=Served)
+# As `decode_clips`, or `pipelines.patches.decode_patches` with its first arguments bound.
+Decode = Callable[[Source, Sequence[tuple[float, float]], View, Sequence[str]], list[T | DecodeFailure]]
 
 
 class Request(NamedTuple):
@@ -28,10 +30,10 @@ class Request(NamedTuple):
     spans: Sequence[tuple[float, float]]
 
 
-class Decoded(NamedTuple):
+class Decoded(NamedTuple, Generic[T]):
     """An outcome for each span of a request, in order, and the seconds that took."""
 
-    outcomes: list[Outcome]
+    outcomes: list[T | DecodeFailure]
     decode_s: float
 
 
@@ -50,8 +52,8 @@ def probe_guarded(path: str, size_bytes: int, limits: Limits = DEFAULT_LIMITS) -
 
 
 def decode_guarded(
-    requests: Sequence[Request], view: View, limits: Limits = DEFAULT_LIMITS, decode: Decode = decode_clips
-) -> Iterator[Decoded]:
+    requests: Sequence[Request], view: View, limits: Limits = DEFAULT_LIMITS, decode: Decode[T] = decode_clips
+) -> Iterator[Decoded[T]]:
     """As `decode_clips` for each request in turn, under limits; the next one is decoded while a result is used.
 
     Where decoding was ended, the last decoder of the chain has its turn, as where the others could not serve the file.
@@ -61,7 +63,7 @@ def decode_guarded(
         requests: Files and spans.
         view: Frames and size wanted.
         limits: For each file.
-        decode: Stands in for `decode_clips`, in tests.
+        decode: What is done with a file, in a process that can be killed.
     """
     step = limits.clips_at_once(view)
     pieces = [
@@ -75,37 +77,37 @@ def decode_guarded(
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(Generic[T]):
     """As much of a request as fits into one call."""
 
     source: Source
     spans: Sequence[tuple[float, float]]
     view: View
     limits: Limits
-    decode: Decode
+    decode: Decode[T]
 
     def task(self, decoders: Sequence[str] = ()) -> Call:
         arguments = (self.decode, self.source, self.spans, self.view, decoders)
         return Call(_timed, arguments, self.limits.decode_s(self.source, self.spans), self.limits.memory_bytes)
 
-    def settled(self, result: Decoded | Exception) -> Decoded:
+    def settled(self, result: Decoded[T] | Exception) -> Decoded[T]:
         """What the call gave; where it was ended, what can still be had."""
         if isinstance(result, Killed):
             started_s, note = time.perf_counter(), f"decoding {result}"
             outcomes = self._by_last_decoder()
-            noted = [outcome.with_note(note) if isinstance(outcome, Clip) else outcome for outcome in outcomes]
+            noted = [outcome if isinstance(outcome, DecodeFailure) else outcome.with_note(note) for outcome in outcomes]
             return Decoded(noted, time.perf_counter() - started_s)
         if isinstance(result, Exception):
             raise result
         return result
 
-    def _by_last_decoder(self) -> list[Outcome]:
+    def _by_last_decoder(self) -> list[T | DecodeFailure]:
         try:
             return call(self.task(chain_of(self.source)[-1:])).outcomes
         except Killed as killed:
             if len(self.spans) == 1:
                 return [DecodeFailure(killed.status, f"decoding {killed}")]
-        outcomes: list[Outcome] = []
+        outcomes: list[T | DecodeFailure] = []
         num_timeouts = 0
         for span in self.spans:
             if num_timeouts < _MAX_TIMEOUTS:
@@ -120,8 +122,8 @@ class _Piece:
 
 
 def _timed(
-    decode: Decode, source: Source, spans: Sequence[tuple[float, float]], view: View, decoders: Sequence[str]
-) -> Decoded:
+    decode: Decode[T], source: Source, spans: Sequence[tuple[float, float]], view: View, decoders: Sequence[str]
+) -> Decoded[T]:
     """What a child does with a piece."""
     started_s = time.perf_counter()
     outcomes = decode(source, spans, view, decoders)

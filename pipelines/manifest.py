@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from pipelines.archive import Video
-from pipelines.decode import Outcome, Source
+from pipelines.decode import Outcome, Source, decode_clips
 from pipelines.failure import DecodeFailure
-from pipelines.guarded import Decoded, Request, decode_guarded, probe_guarded
+from pipelines.guarded import Decode, Decoded, Request, T, decode_guarded, probe_guarded
 from pipelines.limits import DEFAULT_LIMITS, Limits
 from pipelines.probe import VideoInfo, file_identity
 from pipelines.schema import PlannedClip, Status
@@ -79,8 +79,8 @@ def decode_planned(clips: Sequence[PlannedClip], view: View, limits: Limits = DE
 
 
 def decode_videos(
-    clips: Iterable[PlannedClip], view: View, limits: Limits = DEFAULT_LIMITS
-) -> Iterator[tuple[list[PlannedClip], Decoded]]:
+    clips: Iterable[PlannedClip], view: View, limits: Limits = DEFAULT_LIMITS, decode: Decode[T] = decode_clips
+) -> Iterator[tuple[list[PlannedClip], Decoded[T]]]:
     """As `decode_planned`, video by video: its clips and their outcomes; the next is decoded while one is used.
 
     A file that has changed since it was planned is a failure: its clips are not what the manifest says.
@@ -91,7 +91,7 @@ def decode_videos(
         for same_video, failure in videos
         if failure is None
     ]
-    decoded = decode_guarded(requests, view, limits)
+    decoded = decode_guarded(requests, view, limits, decode)
     for same_video, failure in videos:
         yield same_video, next(decoded) if failure is None else Decoded([failure] * len(same_video), 0.0)
 

@@ -13,7 +13,7 @@ import ray
 
 Device = Literal["auto", "cuda", "cpu"]
 
-# Of a CPU, for a write, which waits for the disk. What decodes takes whole ones and leaves this room beside the model's
+# Of a CPU, for a write, which waits for the disk. What decodes takes halves and leaves this room beside the model's
 # processes; without it nothing would be committed before everything is decoded.
 _WRITE_CPUS = 0.25
 # For a process of the model: some, so that it is not put on a head that is to compute nothing.

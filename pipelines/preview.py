@@ -15,8 +15,8 @@ from mone.tubelets import to_patches
 from pipelines.decode import Clip
 from pipelines.guarded import Request, decode_guarded
 from pipelines.manifest import source_of
+from pipelines.patches import view_of
 from pipelines.schema import PlannedClip
-from pipelines.tokenize import view_of
 from pipelines.view import View
 
 # From the smallest expert (dark) to the full one (bright), as in viridis: safe for the colour-blind.

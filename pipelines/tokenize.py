@@ -1,6 +1,7 @@
 """The decoding stage: manifest rows to uint8 patches, row for row."""
 
 import dataclasses
+import functools
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -8,18 +9,14 @@ import numpy as np
 import pyarrow as pa
 
 from mone.config import ModelConfig
-from mone.static import kept_patches
-from mone.tubelets import to_patches
-from pipelines.decode import Clip, Outcome
+from pipelines.failure import DecodeFailure
 from pipelines.limits import DEFAULT_LIMITS, Limits
 from pipelines.manifest import decode_videos
+from pipelines.patches import Patches, decode_patches, view_of
 from pipelines.schema import DECODED, PlannedClip
-from pipelines.view import WHOLE_CLIPS, TokenOptions, View
+from pipelines.view import WHOLE_CLIPS, TokenOptions
 
-
-def view_of(config: ModelConfig, views: int = 1) -> View:
-    """What a model wants to see of a span."""
-    return View(num_frames=config.num_frames, height_px=config.height_px, width_px=config.width_px, crops=views)
+_ROWS = pa.schema([field for field in DECODED if field.name not in ("patches", "kept")])
 
 
 def tokenize_table(
@@ -40,28 +37,38 @@ def tokenize_table(
         limits: Of each video.
     """
     clips = [PlannedClip(**row) for row in manifest.to_pylist()]
-    rows = []
-    for same_video, decoded in decode_videos(clips, view_of(config, options.views), limits):
+    decode = functools.partial(decode_patches, config, options)
+    rows, patches, kept = [], [], []
+    for same_video, decoded in decode_videos(clips, view_of(config, options.views), limits, decode):
         decode_ms = decoded.decode_s * 1e3 / len(same_video)
         for clip, outcome in zip(same_video, decoded.outcomes, strict=True):
-            rows.append(_row(clip, outcome, config, options) | {"decode_ms": decode_ms})
-    return pa.Table.from_pylist(rows, schema=DECODED)
+            rows.append(_row(clip, outcome) | {"decode_ms": decode_ms})
+            patches.append(None if isinstance(outcome, DecodeFailure) else outcome.patches)
+            kept.append(None if isinstance(outcome, DecodeFailure) else outcome.kept_K)
+    columns = pa.Table.from_pylist(rows, schema=_ROWS).columns
+    return pa.Table.from_arrays([*columns, _as_they_are(patches), _as_they_are(kept)], schema=DECODED)
 
 
-def _row(clip: PlannedClip, outcome: Outcome, config: ModelConfig, options: TokenOptions) -> dict:
-    row = dataclasses.asdict(clip) | {"decoder": "", "patches": None, "kept": None, "repeated_share": None}
-    if not isinstance(outcome, Clip):
+def _row(clip: PlannedClip, outcome: Patches | DecodeFailure) -> dict:
+    row = dataclasses.asdict(clip) | {"decoder": "", "repeated_share": None}
+    if isinstance(outcome, DecodeFailure):
         return row | {"status": outcome.status.value, "error": str(outcome)}
     note = "; ".join(filter(None, (clip.note, outcome.note)))
-    row |= {"decoder": outcome.decoder, "note": note, "repeated_share": outcome.repeated_share}
-    views = view_of(config, options.views).windows(outcome.frames_THWC)
-    patches = [to_patches(frames_THWC, config) for frames_THWC in views]
-    patches_VFNP = np.stack(patches) if len(patches) > 1 else patches[0][None]
-    if options.drop_static is None:
-        return row | {"patches": np.ascontiguousarray(patches_VFNP).data.cast("B")}  # megabytes: not another copy
-    kept_K = kept_patches(patches_VFNP[0], options.drop_static)
-    patches_KP = patches_VFNP.reshape(-1, config.patch_values)[kept_K]
-    return row | {"patches": patches_KP.tobytes(), "kept": kept_K.astype(np.int32).tobytes()}
+    return row | {"decoder": outcome.decoder, "note": note, "repeated_share": outcome.repeated_share}
+
+
+def _as_they_are(arrays: list[np.ndarray | None]) -> pa.ChunkedArray:
+    """A column of bytes where they lie: megabytes a clip, of which Arrow would make a copy."""
+    kind = pa.large_binary()
+    chunks = [
+        pa.nulls(1, kind)
+        if array is None
+        else pa.Array.from_buffers(
+            kind, 1, [None, pa.py_buffer(np.array([0, array.nbytes], np.int64)), pa.py_buffer(array)]
+        )
+        for array in arrays
+    ]
+    return pa.chunked_array(chunks, kind)
 
 
 class Tokens(NamedTuple):

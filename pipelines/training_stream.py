@@ -16,11 +16,11 @@ import torch
 from ray.data import ExecutionResources
 
 from mone.clips import Batch
-from pipelines.annotate import DECODE_MEMORY_BYTES, plan_stage
 from pipelines.archive import Video
 from pipelines.clip_cache import ClipCache, Places
 from pipelines.clip_source import classes_of, clip_bytes, frames_like, name_of, read_ahead
 from pipelines.decode import Clip, Outcome
+from pipelines.ingest import DECODE_MEMORY_BYTES, plan_stage
 from pipelines.manifest import decode_planned
 from pipelines.schema import MANIFEST, PlannedClip, Status
 from pipelines.timeline import ClipPlan

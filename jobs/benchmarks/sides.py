@@ -15,13 +15,14 @@ import ray.data
 
 from mone.checkpoint import Checkpoint
 from mone.config import ModelConfig
-from pipelines.annotate import model_stage, tokenize_stage
+from pipelines.annotate import model_stage
 from pipelines.decode import Clip, Source, decode_clips
+from pipelines.ingest import tokenize_stage
 from pipelines.manifest import by_video, source_of
+from pipelines.patches import view_of
 from pipelines.predict import Annotator
 from pipelines.schema import MANIFEST, PlannedClip, Status
 from pipelines.timeline import instants
-from pipelines.tokenize import view_of
 from pipelines.view import WHOLE_CLIPS, View
 
 # Clips of a file that a decoder alone is given at once, so that all of them end together.

@@ -318,7 +318,7 @@ def test_several_engines_are_several_rows(measured):
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        (["--videos", "0"], "--videos"),
+        (["--videos", "1"], "--videos"),
         (["--rounds", "0"], "--rounds"),
         (["--frames", "5"], "num_frames"),
         (["--size", "30"], "height_px"),
@@ -353,12 +353,13 @@ def test_all_ways_give_all_frames_of_all_clips(tmp_path):
     for row in record["rows"]:
         assert (row["videos"], row["failed_clips"], row["spilled_bytes"]) == (2, 0, 0)
         assert row["clips"] == row["complete_clips"] == 8 and row["frames"] == 8 * 4
-        (seconds,) = row["seconds_rounds"]
-        assert row["clips_per_s"] == pytest.approx(8 / seconds)
+        assert row["seconds_rounds"] == [row["seconds"]] and row["clips_per_s_rounds"] == [row["clips_per_s"]]
+        assert row["start_s"] == pytest.approx(row["seconds"] - 8 / row["clips_per_s"])
         assert row["cpu_s"] >= 0  # of which a clock tick may be more than so few frames take
         assert row["processes_bytes"] >= row["largest_process_bytes"] >= 0
     assert sum(row["cpu_s"] for row in record["rows"]) > 0 < max(row["largest_process_bytes"] for row in record["rows"])
     for row in record["rows"]:
         of = {other["side"]: other for other in record["rows"] if other["sampling"] == row["sampling"]}
-        assert row["share_of_limit"] == pytest.approx(of["decoders alone"]["seconds"] / row["seconds"])
-        assert row["times_read_videos"] == pytest.approx(of["read_videos"]["seconds"] / row["seconds"])
+        for key, other in (("share_of_limit", "decoders alone"), ("times_read_videos", "read_videos")):
+            assert row[key] == pytest.approx(row["clips_per_s"] / of[other]["clips_per_s"])
+            assert row[f"{key}_with_start"] == pytest.approx(of[other]["seconds"] / row["seconds"])

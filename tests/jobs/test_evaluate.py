@@ -17,9 +17,9 @@ from pipelines.archive import list_labelled
 from pipelines.decode import Clip, decode_clips
 from pipelines.evaluate import ScoredClip, score_videos
 from pipelines.manifest import plan_video, source_of
+from pipelines.patches import view_of
 from pipelines.synthetic import MOTIONS
 from pipelines.timeline import ClipPlan
-from pipelines.tokenize import view_of
 from tests.conftest import NUM_VIDEOS, TINY, run_job, write_labels
 
 CAPACITIES = (0.2, 0.4, 1.0)

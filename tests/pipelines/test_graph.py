@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-import pipelines.annotate
+import pipelines.ingest
 import pipelines.planning
 from mone.checkpoint import Checkpoint
 from pipelines.annotate import Settings, write_annotations
@@ -22,6 +23,7 @@ from pipelines.archive import Video, list_videos
 from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.evaluate import score_videos
 from pipelines.ledger import audit
+from pipelines.limits import Limits
 from pipelines.manifest import plan_video
 from pipelines.planning import MANIFEST_DIR, write_manifest
 from pipelines.predict import Annotator
@@ -29,6 +31,7 @@ from pipelines.schema import ANNOTATIONS, MANIFEST
 from pipelines.timeline import ClipPlan
 from pipelines.tokenize import tokenize_table
 from tests.conftest import NUM_CLIPS
+from tests.media import write_video
 
 pytestmark = pytest.mark.ray
 
@@ -46,7 +49,7 @@ def videos(archive) -> list[Video]:
 def many_tasks(monkeypatch) -> None:
     """Tasks so small that every stage has several, and one of them has nothing but failures."""
     monkeypatch.setattr(pipelines.planning, "_VIDEOS_PER_TASK", 3)
-    monkeypatch.setattr(pipelines.annotate, "CLIPS_PER_TASK", 1)
+    monkeypatch.setattr(pipelines.ingest, "CLIPS_PER_TASK", 1)
 
 
 def manifest_by_hand(videos: list[Video], plan: ClipPlan = PLAN) -> pa.Table:
@@ -128,6 +131,24 @@ def test_an_archive_of_failures_alone_has_its_rows_too(tmp_path, videos, checkpo
 
 
 @pytest.mark.usefixtures("shared_ray")
+def test_a_video_that_takes_too_long_is_a_row_and_its_neighbours_are_fine(tmp_path, videos, checkpoint):
+    """A hundred large frames in a tenth of a second of video, which is also about the time that they get."""
+    noise = np.random.default_rng(0).integers(0, 256, (1, 720, 1280, 3), dtype=np.uint8)
+    path = write_video(tmp_path / "slow.mkv", np.repeat(noise, 100, axis=0), fps=1000, codec="ffv1", pix_fmt="bgr0")
+    around = [*videos[:2], Video(uri=str(path)), *videos[2:4]]
+    (tmp_path / MANIFEST_DIR).mkdir()
+    pq.write_table(manifest_by_hand(around), tmp_path / MANIFEST_DIR / "rows.parquet")
+    write_annotations(tmp_path, checkpoint, dataclasses.replace(SETTINGS, limits=Limits(timeout_s=0.01)))
+    assert audit(tmp_path / MANIFEST_DIR, tmp_path / ANNOTATIONS_DIR).clean
+    found = read(tmp_path / ANNOTATIONS_DIR)
+    is_slow = pc.field("video") == str(path)
+    (slow,) = found.filter(is_slow).to_pylist()
+    assert slow["status"] == "timeout" and "no answer after 0.11 s" in slow["error"]
+    expected = annotations_by_hand(videos[:4], checkpoint, SETTINGS)
+    assert_same_annotations(found.filter(~is_slow), expected)
+
+
+@pytest.mark.usefixtures("shared_ray")
 def test_after_annotating_the_same_process_can_score(tmp_path, videos, checkpoint):
     write_manifest(videos[:2], PLAN, tmp_path)
     write_annotations(tmp_path, checkpoint, SETTINGS)
@@ -141,6 +162,7 @@ _SLOW_RUN = """
 import sys, time
 from pathlib import Path
 import pipelines.annotate as graph
+import pipelines.ingest
 from jobs.cluster import connected
 from mone.checkpoint import read_checkpoint
 from pipelines.predict import Annotator
@@ -150,7 +172,7 @@ class Slow(Annotator):
         time.sleep(0.1)
         return super().__call__(batch)
 
-graph.Annotator, graph.CLIPS_PER_TASK = Slow, 1
+graph.Annotator, pipelines.ingest.CLIPS_PER_TASK = Slow, 1
 settings = graph.Settings(capacity=0.4, top_k=3, batch_size=1)
 with connected(""):
     graph.write_annotations(Path(sys.argv[1]), read_checkpoint(sys.argv[2]), settings)

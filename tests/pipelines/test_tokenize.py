@@ -12,9 +12,10 @@ from mone.tubelets import to_frames, to_patches
 from pipelines.archive import Video
 from pipelines.decode import Clip, decode_clips
 from pipelines.manifest import plan_video, source_of
+from pipelines.patches import view_of
 from pipelines.schema import DECODED, MANIFEST, PlannedClip
 from pipelines.timeline import ClipPlan
-from pipelines.tokenize import tokenize_table, tokens_of, view_of
+from pipelines.tokenize import tokenize_table, tokens_of
 from pipelines.view import View
 from tests.media import indexed_frames, read_index, write_video
 

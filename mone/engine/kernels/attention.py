@@ -19,7 +19,7 @@ from mone.engine.rows import Places
 from mone.engine.tilings import Attending
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 LARGEST_WHOLE = 256
 _LONG, _FEW = Attending(64, 64, 4, 3, whole=False), Attending(16, 64, 4, 3, whole=False)

@@ -48,9 +48,7 @@ def _norm_run(
     tail_share = (dim - width).to(tl.float32) / dim
     step = tl.num_programs(0) * ROWS
     row = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    coming, coming_mean, coming_spread = _load(
-        head_ptr, mean_ptr, spread_ptr, row, column, stop, width, head_stride
-    )
+    coming, coming_mean, coming_spread = _load(head_ptr, mean_ptr, spread_ptr, row, column, stop, width, head_stride)
     for start in tl.range(first + tl.program_id(0) * ROWS, stop, step):
         head, tail_mean, tail_spread = coming.to(tl.float32), coming_mean, coming_spread
         row = start + tl.arange(0, ROWS)

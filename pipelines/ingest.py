@@ -1,0 +1,104 @@
+"""Stages of Ray Data on CPUs: videos -> manifest rows -> decoded rows.
+
+Their workers import this module, and so neither the model nor torch, which would take seconds of each of them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+
+import pyarrow as pa
+import ray
+from ray.data import Dataset
+
+from mone.config import ModelConfig
+from pipelines.limits import DEFAULT_LIMITS, Limits
+from pipelines.manifest import plan_video
+from pipelines.metrics import SILENT, RunMetrics
+from pipelines.placement import nodes_up, task_memory
+from pipelines.planning import manifest_table
+from pipelines.schema import DECODED
+from pipelines.storage.signatures import UNSIGNED, Signatures
+from pipelines.timeline import ClipPlan
+from pipelines.tokenize import tokenize_table
+from pipelines.video import Video
+from pipelines.view import TokenOptions
+
+_VIDEOS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("uri", "label", "split")),
+        ("size_bytes", pa.int64()),
+        ("version", pa.string()),
+    ]
+)
+
+# Videos that one task probes: some tenths of a second of work.
+_VIDEOS_PER_TASK = 32
+# Clips of one decoding task, and so of one annotations file: seconds of work, which is what a crash can cost, against
+# tens of milliseconds for a task, a file and its checkpoint.
+CLIPS_PER_TASK = 32
+# Tasks for each core, where there are so few clips that all cores would not be at work until the end.
+_TASKS_PER_CORE, _FEWEST_CLIPS = 8, 4
+# Share of a core that a decoding task asks for, so that there are two for each core: Ray Data looks for tasks that have
+# ended every tenth of a second, and starts others then; meanwhile the other one has the core.
+_DECODE_CPUS = 0.5
+# Heap of a decoding task and its child. Ray cannot see heap, so it is asked for.
+DECODE_MEMORY_BYTES = DEFAULT_LIMITS.memory_bytes
+
+
+def plan_stage(videos: Iterable[Video], plan: ClipPlan) -> Dataset:
+    """Videos -> MANIFEST rows: probing is short I/O and one decoded frame per file."""
+    rows = [dataclasses.asdict(video) for video in videos]
+    table = pa.Table.from_pylist(rows, schema=_VIDEOS)
+    return (
+        ray.data.from_arrow(table)
+        .repartition(-(-len(table) // _VIDEOS_PER_TASK))
+        .map_batches(functools.partial(_plan_table, plan=plan), batch_size=None, batch_format="pyarrow")
+    )
+
+
+def _plan_table(videos: pa.Table, plan: ClipPlan) -> pa.Table:
+    return manifest_table([clip for row in videos.to_pylist() for clip in plan_video(Video(**row), plan)])
+
+
+def tokenize_stage(
+    manifest: Dataset,
+    config: ModelConfig,
+    options: TokenOptions,
+    limits: Limits = DEFAULT_LIMITS,
+    signatures: Signatures = UNSIGNED,
+    *,
+    num_clips: int | None = None,
+    metrics: RunMetrics = SILENT,
+) -> Dataset:
+    """MANIFEST rows -> DECODED rows, on CPUs; how many rows there are, if it is known, decides how they are shared."""
+    return manifest.repartition(target_num_rows_per_block=_clips_per_task(num_clips)).map_batches(
+        functools.partial(
+            _tokenize, config=config, options=options, limits=limits, signatures=signatures, metrics=metrics
+        ),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=_DECODE_CPUS,
+        # What a limit allows beyond that is rarely needed.
+        memory=task_memory(min(limits.memory_bytes, DECODE_MEMORY_BYTES), nodes_up()),
+    )
+
+
+def _clips_per_task(num_clips: int | None) -> int:
+    num_tasks = _TASKS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    return CLIPS_PER_TASK if num_clips is None else min(CLIPS_PER_TASK, max(_FEWEST_CLIPS, num_clips // num_tasks))
+
+
+def _tokenize(
+    manifest: pa.Table,
+    config: ModelConfig,
+    options: TokenOptions,
+    limits: Limits,
+    signatures: Signatures,
+    metrics: RunMetrics,
+) -> pa.Table:
+    """Tokenize with signed addresses in place of the public ones, which stand in what comes out."""
+    decoded = tokenize_table(signatures.sign_table(manifest), config, options, limits)
+    metrics.decoded(decoded, config.num_frames)
+    place = DECODED.get_field_index("video")
+    return decoded.set_column(place, DECODED.field(place), manifest["video"])

@@ -1,0 +1,60 @@
+"""Spans of a file to patches: what a process for decoding does for a model, so that pixels leave it as they ship."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mone.config import ModelConfig
+from mone.static import kept_patches
+from mone.tubelets import to_patches
+from pipelines.decode import Clip, Served, Source, decode_clips
+from pipelines.failure import DecodeFailure
+from pipelines.view import TokenOptions, View
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patches(Served):
+    """Decoded patches of one span.
+
+    Attributes:
+        patches: uint8 [V, F, N, P] for V views, or [K, P] where static patches were dropped.
+        kept_K: int32, the places f N + n of those; None: all are there.
+    """
+
+    patches: np.ndarray = field(repr=False)
+    kept_K: np.ndarray | None = field(repr=False)
+
+
+def view_of(config: ModelConfig, views: int = 1) -> View:
+    """What a model wants to see of a span."""
+    return View(num_frames=config.num_frames, height_px=config.height_px, width_px=config.width_px, crops=views)
+
+
+def decode_patches(
+    config: ModelConfig,
+    options: TokenOptions,
+    source: Source,
+    spans: Sequence[tuple[float, float]],
+    view: View,
+    decoders: Sequence[str],
+) -> list[Patches | DecodeFailure]:
+    """As `decode_clips`, its frames cut into the patches of a model."""
+    outcomes = decode_clips(source, spans, view, decoders)
+    cut: list[Patches | DecodeFailure] = []
+    for outcome in outcomes[::-1]:
+        outcomes.pop()  # frames go as their patches come
+        cut.append(_cut(outcome, config, options) if isinstance(outcome, Clip) else outcome)
+    return cut[::-1]
+
+
+def _cut(clip: Clip, config: ModelConfig, options: TokenOptions) -> Patches:
+    views = view_of(config, options.views).windows(clip.frames_THWC)
+    patches = [to_patches(frames_THWC, config) for frames_THWC in views]
+    patches_VFNP = np.stack(patches) if len(patches) > 1 else patches[0][None]
+    served = {"decoder": clip.decoder, "note": clip.note, "repeated_share": clip.repeated_share}
+    if options.drop_static is None:
+        return Patches(patches=np.ascontiguousarray(patches_VFNP), kept_K=None, **served)
+    kept_K = kept_patches(patches_VFNP[0], options.drop_static)
+    patches_KP = patches_VFNP.reshape(-1, config.patch_values)[kept_K]
+    return Patches(patches=patches_KP, kept_K=kept_K.astype(np.int32), **served)
