@@ -116,7 +116,7 @@ def quiet_count(folder: Path) -> int:
 @pytest.mark.ray
 @pytest.mark.usefixtures("shared_ray")
 def test_the_training_manifest_is_that_of_a_loop_and_names_unreadable_videos(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.annotate._VIDEOS_PER_TASK", 1)
+    monkeypatch.setattr("pipelines.ingest._VIDEOS_PER_TASK", 1)
     videos = write_videos(tmp_path)
     expected = planned(videos)
     for name, content in (("damaged.mp4", b""), ("text.mp4", b"this is no video\n" * 100)):
