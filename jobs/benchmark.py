@@ -11,6 +11,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from jobs.benchmarks.control import ControlPath
 from jobs.benchmarks.cpu import CpuSpeed
 from jobs.benchmarks.focus import Focus
 from jobs.benchmarks.model import ModelSpeed
@@ -32,6 +33,7 @@ BENCHMARKS: dict[str, Any] = {
     "precision": Precision,
     "focus": Focus,
     "pipeline": PipelineSpeed,
+    "control": ControlPath,
 }
 
 

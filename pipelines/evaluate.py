@@ -14,6 +14,7 @@ from pipelines.ingest import plan_stage, tokenize_stage
 from pipelines.placement import Placement
 from pipelines.predict import Annotator
 from pipelines.schema import Status
+from pipelines.storage.signatures import Signatures
 from pipelines.timeline import ClipPlan
 from pipelines.tokenize import tokens_of
 from pipelines.view import WHOLE_CLIPS, TokenOptions
@@ -84,7 +85,9 @@ def score_videos(
     placement: Placement | None = None,
 ) -> Iterator[ScoredClip]:
     """Every clip of labelled videos with its class probabilities at each capacity, in no particular order."""
-    decoded = tokenize_stage(plan_stage(videos, plan), checkpoint.config, options)
+    videos = list(videos)
+    signatures = Signatures.of(video.uri for video in videos)
+    decoded = tokenize_stage(plan_stage(videos, plan), checkpoint.config, options, signatures=signatures)
     scored = model_stage(decoded, Scorer, (checkpoint, capacities, engine), placement=placement)
     for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in pa.table(batch).to_pylist():

@@ -41,7 +41,7 @@ CLIPS_PER_TASK = 32
 _TASKS_PER_CORE, _FEWEST_CLIPS = 8, 4
 # Share of a core that a decoding task asks for, so that there are two for each core: Ray Data looks for tasks that have
 # ended every tenth of a second, and starts others then; meanwhile the other one has the core.
-_DECODE_CPUS = 0.5
+DECODE_CPUS = 0.5
 # Heap of a decoding task and its child. Ray cannot see heap, so it is asked for.
 DECODE_MEMORY_BYTES = DEFAULT_LIMITS.memory_bytes
 
@@ -72,19 +72,20 @@ def tokenize_stage(
     metrics: RunMetrics = SILENT,
 ) -> Dataset:
     """MANIFEST rows -> DECODED rows, on CPUs; how many rows there are, if it is known, decides how they are shared."""
-    return manifest.repartition(target_num_rows_per_block=_clips_per_task(num_clips)).map_batches(
+    return manifest.repartition(target_num_rows_per_block=clips_per_task(num_clips)).map_batches(
         functools.partial(
             _tokenize, config=config, options=options, limits=limits, signatures=signatures, metrics=metrics
         ),
         batch_size=None,
         batch_format="pyarrow",
-        num_cpus=_DECODE_CPUS,
+        num_cpus=DECODE_CPUS,
         # What a limit allows beyond that is rarely needed.
         memory=task_memory(min(limits.memory_bytes, DECODE_MEMORY_BYTES), nodes_up()),
     )
 
 
-def _clips_per_task(num_clips: int | None) -> int:
+def clips_per_task(num_clips: int | None) -> int:
+    """Clips that a decoding task takes: fewer where there are so few that cores would stand idle at the end."""
     num_tasks = _TASKS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
     return CLIPS_PER_TASK if num_clips is None else min(CLIPS_PER_TASK, max(_FEWEST_CLIPS, num_clips // num_tasks))
 

@@ -44,14 +44,14 @@ class Memory:
     def _watch(self, ended: threading.Event, every_s: float) -> None:
         session, is_ended = _spill_folder(), False
         while not is_ended:  # one look at least
-            sizes = [_allocated_bytes(process) for process in _below(os.getpid()) if not _is_service(process)]
+            sizes = [_allocated_bytes(process) for process in below(os.getpid()) if not is_service(process)]
             self.largest = max([self.largest, *sizes])
             self.together = max(self.together, sum(sizes))
             self.spilled = max(self.spilled, _spilled_bytes(session))
             is_ended = ended.wait(every_s)
 
 
-def _below(root: int) -> list[int]:
+def below(root: int) -> list[int]:
     """Processes started by this one, and those that they started."""
     children: defaultdict[int, list[int]] = defaultdict(list)
     for folder in Path("/proc").glob("[0-9]*"):
@@ -64,7 +64,8 @@ def _below(root: int) -> list[int]:
     return found
 
 
-def _is_service(process: int) -> bool:
+def is_service(process: int) -> bool:
+    """Whether a process belongs to Ray itself."""
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[:4]
         return any(name.encode() in Path(os.fsdecode(word)).name.encode() for word in words for name in _SERVICES)
@@ -80,12 +81,15 @@ def _allocated_bytes(process: int) -> int:
 
 def _cpu_s() -> dict[int, float]:
     """Processor seconds of this process and of those below it, with their children that have ended."""
-    seconds: dict[int, float] = {}
-    for process in [os.getpid(), *_below(os.getpid())]:
-        with contextlib.suppress(OSError, ValueError):
-            times = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:15]
-            seconds[process] = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
-    return seconds
+    return {process: cpu_s(process, with_ended=True) for process in [os.getpid(), *below(os.getpid())]}
+
+
+def cpu_s(process: int, *, with_ended: bool = False) -> float:
+    """Processor seconds of a process; those of its children that have ended are its own or not."""
+    with contextlib.suppress(OSError, ValueError):
+        times = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:15]
+        return sum(map(int, times if with_ended else times[:2])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def _spill_folder() -> Path | None:

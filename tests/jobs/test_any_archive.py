@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import jobs.annotate
+import jobs.evaluate
 import jobs.plan
 import jobs.report
 from mone.checkpoint import read_checkpoint, save_checkpoint
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(autouse=True)
 def _in_the_sessions_ray(shared_ray, monkeypatch):
-    for job in (jobs.annotate, jobs.plan):
+    for job in (jobs.annotate, jobs.evaluate, jobs.plan):
         monkeypatch.setattr(job, "connected", lambda address: contextlib.nullcontext())
 
 
@@ -87,6 +88,17 @@ def test_a_single_signed_address_is_an_archive(web, tmp_path, model_folder, capf
     written = "".join(path.read_text() for path in (tmp_path / "run").glob("*.json"))
     assert "5ecret" not in printed.out + printed.err + written
     assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["archive"] == f"{web.url}/a.mp4"
+
+
+def test_signed_videos_are_evaluated(web, tmp_path, model_folder, capfd):
+    for name in "ab":
+        write_video(web.folder / f"{name}.mp4", indexed_frames(20))
+    table = sign(web, tmp_path / "list.csv", "ab", "5ecret")
+    assert jobs.evaluate.main(["--model", str(model_folder), "--data", str(table), "--capacity", "0.4"]) == 0
+    printed = capfd.readouterr()
+    result = json.loads(printed.out.splitlines()[-1])
+    assert result["failures"] == {} and result["videos"] == 2
+    assert "5ecret" not in printed.out + printed.err
 
 
 def test_a_bucket_grows_and_changes_and_only_that_is_done(bucket, tmp_path, model_folder):

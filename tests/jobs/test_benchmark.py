@@ -206,7 +206,7 @@ def test_bad_options_of_precision(refused, options, names):
     refused("precision", *options, names=names)
 
 
-@pytest.mark.parametrize("name", sorted(jobs.benchmark.BENCHMARKS.keys() - {"cpu", "pipeline", "scaling", "tune"}))
+@pytest.mark.parametrize("name", sorted(jobs.benchmark.BENCHMARKS.keys() - {"control", "cpu", "pipeline", "scaling", "tune"}))
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(refused, name):
     refused(name, "--device", "cuda", names="cuda")
@@ -335,6 +335,34 @@ def test_several_engines_are_several_rows(measured):
 )
 def test_bad_options_of_pipeline(refused, options, names):
     refused("pipeline", *options, names=names)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--clips"], "--clips"),
+        (["--clips", "0"], "--clips"),
+        (["--nodes", "0"], "--nodes"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--decode-ms=-1"], "--decode-ms"),
+    ],
+)
+def test_bad_options_of_control(refused, options, names):
+    refused("control", *options, names=names)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_control_path_of_several_nodes_leaves_a_row_for_each_clip():
+    ended = run_job("benchmark", "control", "--clips", 70, 300, "--nodes", 2, "--cpus", 2, "--decode-ms", 1)
+    assert ended.returncode == 0, ended.stderr
+    *table, last = ended.stdout.splitlines()
+    rows = json.loads(last)["rows"]
+    assert len(table) == len(rows) + 2
+    assert [(row["clips"], row["clean"]) for row in rows] == [(70, True), (300, True)]
+    for row in rows:
+        assert row["clips_per_s"] == pytest.approx(row["clips"] / row["seconds"])
+        assert row["driver_us_per_clip"] > 0 < row["services_us_per_clip"] and row["files"] > 1
 
 
 @pytest.mark.ray
