@@ -74,7 +74,7 @@ class ControlPath:
 
         from jobs.cluster import connected
 
-        size = {"num_cpus": self.cpus, "object_store_memory": 256 * 2**20, "memory": 64 * 2**30}
+        size: dict[str, Any] = {"num_cpus": self.cpus, "object_store_memory": 256 * 2**20, "memory": 64 * 2**30}
         with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temp:
             cluster = Cluster(
                 initialize_head=True, head_node_args={"include_dashboard": False, "temp_dir": temp, **size}
@@ -83,7 +83,7 @@ class ControlPath:
                 for _ in range(self.nodes - 1):
                     cluster.add_node(**size)
                 cluster.wait_for_nodes()
-                with connected(cluster.address):
+                with connected(str(cluster.address)):
                     yield
             finally:
                 cluster.shutdown()

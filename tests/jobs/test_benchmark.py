@@ -206,7 +206,9 @@ def test_bad_options_of_precision(refused, options, names):
     refused("precision", *options, names=names)
 
 
-@pytest.mark.parametrize("name", sorted(jobs.benchmark.BENCHMARKS.keys() - {"control", "cpu", "pipeline", "scaling", "tune"}))
+@pytest.mark.parametrize(
+    "name", sorted(jobs.benchmark.BENCHMARKS.keys() - {"control", "cpu", "pipeline", "scaling", "tune"})
+)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(refused, name):
     refused(name, "--device", "cuda", names="cuda")
