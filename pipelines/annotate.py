@@ -102,7 +102,8 @@ def _annotate_remaining(
         placement=placement,
     )
     annotated.set_name(settings.run or None)  # the label `dataset` of Ray Data's own metrics
-    annotated.write_datasink(CommittedFiles(output, metrics), ray_remote_args={"num_cpus": placement.write_cpus})
+    files = CommittedFiles(output, metrics, num_clips)
+    annotated.write_datasink(files, ray_remote_args={"num_cpus": placement.write_cpus})
 
 
 def model_stage(

@@ -26,6 +26,9 @@ from pipelines.row_files import has_rows, parquet_files, read_columns
 from pipelines.schema import ANNOTATIONS, MANIFEST
 
 ANNOTATIONS_DIR, STAGING_DIR, REMAINING_DIR = "annotations", ".staging", ".remaining"
+# Files of annotations that a long run leaves, about, and the most rows that wait for each other to become one: listing
+# and opening files is what takes time of a large archive, but a crash costs the rows that wait.
+_FILES, _MOST_WAITING_ROWS = 1000, 4096
 # Rows of a file of remaining clips: some ten megabytes, and a task of its own to read.
 _ROWS_PER_FILE = 50_000
 
@@ -67,8 +70,15 @@ class StagedFiles:
 class CommittedFiles(Datasink[None]):
     """Writes ANNOTATIONS rows to DIR/annotations, a file per task, each by one rename."""
 
-    def __init__(self, output: Path, metrics: RunMetrics = SILENT) -> None:
+    def __init__(self, output: Path, metrics: RunMetrics = SILENT, num_clips: int = 0) -> None:
+        """Of how many clips are to come, files of long runs have more rows."""
         self.files, self.metrics = StagedFiles(output, ANNOTATIONS_DIR), metrics
+        self.rows_per_file = max(1, min(_MOST_WAITING_ROWS, num_clips // _FILES))
+
+    @property
+    def min_rows_per_write(self) -> int:
+        """Rows that Ray collects for a task."""
+        return self.rows_per_file
 
     def write(self, blocks: Iterable[Block], ctx) -> None:
         """Write and commit one task's rows.

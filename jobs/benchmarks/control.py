@@ -141,7 +141,7 @@ class ControlPath:
                 compute=ActorPoolStrategy(min_size=1, max_size=self.nodes * 2),
                 num_cpus=_MODEL_CPUS,
             )
-            .write_datasink(CommittedFiles(output), ray_remote_args={"num_cpus": WRITE_CPUS})
+            .write_datasink(CommittedFiles(output, num_clips=num_clips), ray_remote_args={"num_cpus": WRITE_CPUS})
         )
         fence(output)
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 import pipelines.clip_ids
 import pipelines.commit
@@ -66,6 +67,15 @@ def test_a_task_has_the_rows_of_all_its_blocks_and_blocks_without_rows_may_lack_
     writer = CommittedFiles(tmp_path)
     writer.write([pa.table({}), rows("a"), rows(""), rows("bc")], SimpleNamespace(task_idx=0))
     assert pq.read_table(files(tmp_path)[0])["clip_id"].to_pylist() == ["a", "b", "c"]
+
+
+@pytest.mark.ray
+def test_a_long_run_leaves_few_files_with_all_rows(shared_ray, tmp_path):
+    for num_clips, least in ((0, 1), (999, 1), (1_000_000, 1000), (10**9, 4096)):
+        assert CommittedFiles(tmp_path, num_clips=num_clips).min_rows_per_write == least
+    writer = CommittedFiles(tmp_path, num_clips=4000)
+    ray.data.from_arrow([rows(letter) for letter in "abcdefgh"]).write_datasink(writer)
+    assert committed_ids(tmp_path) == set("abcdefgh") and len(files(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("blocks", [[], [rows("")], [pa.table({})]], ids=["no block", "no rows", "no columns"])
