@@ -1,5 +1,6 @@
 """The graphs of Ray Data: manifest -> annotations; and videos -> manifest where that is not kept."""
 
+import contextlib
 import dataclasses
 import functools
 import shutil
@@ -8,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy, Dataset
 
@@ -28,6 +31,7 @@ from pipelines.timeline import ClipPlan
 from pipelines.tokenize import tokenize_table
 from pipelines.video import Video
 from pipelines.view import WHOLE_CLIPS, TokenOptions
+from pipelines.waiting import Notices, told
 
 _VIDEOS = pa.schema(
     [
@@ -39,6 +43,8 @@ _VIDEOS = pa.schema(
 
 # Videos that one task probes: some tenths of a second of work.
 _VIDEOS_PER_TASK = 32
+# Of a CPU, to read a file of some megabytes.
+_READ_CPUS = 0.25
 # Clips of one decoding task, and so of one annotations file: seconds of work, which is what a crash can cost, against
 # tens of milliseconds for a task, a file and its checkpoint.
 CLIPS_PER_TASK = 32
@@ -109,7 +115,7 @@ def _annotate_remaining(
     placement: Placement,
     num_clips: int,
 ) -> None:
-    remaining = ray.data.read_parquet(str(output / REMAINING_DIR), schema=MANIFEST)
+    remaining = _read_remaining(output / REMAINING_DIR)
     metrics = RunMetrics(settings.run)
     decoded = tokenize_stage(
         remaining,
@@ -119,6 +125,7 @@ def _annotate_remaining(
         signatures,
         num_clips=num_clips,
         metrics=metrics,
+        notices=Notices(output),
     )
     annotated = model_stage(
         decoded,
@@ -129,6 +136,18 @@ def _annotate_remaining(
     )
     annotated.set_name(settings.run or None)  # the label `dataset` of Ray Data's own metrics
     annotated.write_datasink(CommittedFiles(output, metrics), ray_remote_args={"num_cpus": placement.write_cpus})
+
+
+def _read_remaining(folder: Path) -> Dataset:
+    """MANIFEST rows, a task for each file. (Ray's own `read_parquet` asks an actor for footers, whose node may die.)"""
+    paths = sorted(map(str, folder.iterdir()))
+    return ray.data.from_items(paths, override_num_blocks=len(paths)).map_batches(
+        _read_files, batch_size=None, num_cpus=_READ_CPUS
+    )
+
+
+def _read_files(paths: dict[str, np.ndarray]) -> pa.Table:
+    return pa.concat_tables(pq.read_table(path, schema=MANIFEST) for path in paths["item"])
 
 
 def plan_stage(videos: Iterable[Video], plan: ClipPlan) -> Dataset:
@@ -155,11 +174,18 @@ def tokenize_stage(
     *,
     num_clips: int | None = None,
     metrics: RunMetrics = SILENT,
+    notices: Notices | None = None,
 ) -> Dataset:
     """MANIFEST rows -> DECODED rows, on CPUs; how many rows there are, if it is known, decides how they are shared."""
     return manifest.repartition(target_num_rows_per_block=_clips_per_task(num_clips)).map_batches(
         functools.partial(
-            _tokenize, config=config, options=options, limits=limits, signatures=signatures, metrics=metrics
+            _tokenize,
+            config=config,
+            options=options,
+            limits=limits,
+            signatures=signatures,
+            metrics=metrics,
+            notices=notices,
         ),
         batch_size=None,
         batch_format="pyarrow",
@@ -181,9 +207,11 @@ def _tokenize(
     limits: Limits,
     signatures: Signatures,
     metrics: RunMetrics,
+    notices: Notices | None,
 ) -> pa.Table:
     """Tokenize with signed addresses in place of the public ones, which stand in what comes out."""
-    decoded = tokenize_table(signatures.sign_table(manifest), config, options, limits)
+    with told(notices.post) if notices else contextlib.nullcontext():
+        decoded = tokenize_table(signatures.sign_table(manifest), config, options, limits)
     metrics.decoded(decoded, config.num_frames)
     place = DECODED.get_field_index("video")
     return decoded.set_column(place, DECODED.field(place), manifest["video"])
