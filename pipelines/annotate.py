@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -139,15 +138,18 @@ def _annotate_remaining(
 
 
 def _read_remaining(folder: Path) -> Dataset:
-    """MANIFEST rows, a task for each file. (Ray's own `read_parquet` asks an actor for footers, whose node may die.)"""
+    """MANIFEST rows, a task for each file.
+
+    A task runs again. (Ray's `read_parquet` lets an actor read footers, and a run ended when that died with its node.)
+    """
     paths = sorted(map(str, folder.iterdir()))
     return ray.data.from_items(paths, override_num_blocks=len(paths)).map_batches(
-        _read_files, batch_size=None, num_cpus=_READ_CPUS
+        _read_files, batch_size=None, batch_format="pyarrow", num_cpus=_READ_CPUS
     )
 
 
-def _read_files(paths: dict[str, np.ndarray]) -> pa.Table:
-    return pa.concat_tables(pq.read_table(path, schema=MANIFEST) for path in paths["item"])
+def _read_files(paths: pa.Table) -> pa.Table:
+    return pa.concat_tables(pq.read_table(path, schema=MANIFEST) for path in paths["item"].to_pylist())
 
 
 def plan_stage(videos: Iterable[Video], plan: ClipPlan) -> Dataset:

@@ -4,8 +4,8 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
-import psutil
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
@@ -50,7 +50,7 @@ class Nodes:
         victims = self.worker_processes(node)
         self.cluster.remove_node(node, allow_graceful=False)
         for victim in victims:
-            _kill(victim)
+            kill(victim)
 
     def kill_all(self) -> None:
         """All processes of all nodes, the head's first."""
@@ -59,7 +59,7 @@ class Nodes:
             victims = self.worker_processes(node)
             node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
             for victim in victims:
-                _kill(victim)
+                kill(victim)
 
     def metrics_port(self, node: Node) -> int:
         """Where the node tells Prometheus of its processes."""
@@ -70,28 +70,23 @@ class Nodes:
         ]
         return port
 
-    def worker_processes(self, node: Node) -> list[psutil.Process]:
-        """Those of the node in which tasks and actors run."""
+    def worker_processes(self, node: Node) -> list[int]:
+        """Process ids of the node in which tasks and actors run, or will."""
         (raylet,) = node.all_processes["raylet"]
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return [child for child in psutil.Process(raylet.process.pid).children() if _is_worker(child)]
-        return []
-
-    def kill_worker(self, process: psutil.Process) -> None:
-        """One of them with SIGKILL."""
-        _kill(process)
+        children = _read(f"/proc/{raylet.process.pid}/task/{raylet.process.pid}/children").split()
+        return [int(child) for child in children if _read(f"/proc/{child}/cmdline").startswith("ray::")]
 
 
-def _is_worker(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.cmdline()[:1] != [] and process.cmdline()[0].startswith("ray::")
-    return False
-
-
-def _kill(process: psutil.Process) -> None:
+def kill(process: int) -> None:
+    """End a process, if it is still there, as the kernel does where memory is short."""
     with contextlib.suppress(ProcessLookupError):
-        if process.is_running():
-            os.kill(process.pid, signal.SIGKILL)
+        os.kill(process, signal.SIGKILL)
+
+
+def _read(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text(errors="replace")
+    return ""
 
 
 @contextlib.contextmanager

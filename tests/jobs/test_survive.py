@@ -16,11 +16,11 @@ from pipelines.ledger import audit
 from pipelines.planning import MANIFEST_DIR
 from tests.conftest import command_of, run_job
 from tests.jobs.test_watching import scrape
-from tests.ray_nodes import Nodes, nodes
+from tests.ray_nodes import Nodes, kill, nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-NUM_KILLS, LONGEST_GAP_S = 50, 10.0
+LONGEST_GAP_S = 10.0
 # Short overlapping clips one at a time: much work from eight small files.
 MANY_CLIPS = ["--span", 0.2, "--stride", 0.02, "--batch-size", 1]
 COMPARED = ["clip_id", "status", "error", "label", "score", "flops"]
@@ -77,7 +77,7 @@ def cluster() -> Iterator[Nodes]:
         yield started
 
 
-def kill(what: str, run: Run, cluster: Nodes, chance: random.Random) -> None:
+def strike(what: str, run: Run, cluster: Nodes, chance: random.Random) -> None:
     if what == "driver":
         run.driver.kill()
         run.driver.wait()
@@ -86,33 +86,30 @@ def kill(what: str, run: Run, cluster: Nodes, chance: random.Random) -> None:
     elif what == "node":
         cluster.kill_node(chance.choice(cluster.workers))
         cluster.add()
-    elif victims := [process for node in cluster.workers for process in cluster.worker_processes(node)]:
-        cluster.kill_worker(chance.choice(victims))
+    else:
+        kill(chance.choice([process for node in cluster.workers for process in cluster.worker_processes(node)]))
 
 
 def test_each_clip_is_a_row_whatever_is_killed(archive, model_folder, undisturbed, cluster, tmp_path):
-    chance, runs = random.Random(7), []
-    kills = 20 * ["worker"] + 15 * ["node"] + 15 * ["driver"]
-    assert len(kills) == NUM_KILLS
-    chance.shuffle(kills)
-    T0 = time.time()
-    while True:
-        run = Run(archive, model_folder, tmp_path / f"run{len(runs)}")
-        runs.append(run)
+    """Runs one after the other, until so much was killed; each ends as if nothing had been."""
+    chance = random.Random(7)
+    victims = ["worker"] * 20 + ["node"] * 15 + ["driver"] * 15
+    chance.shuffle(victims)
+    num_runs = 0
+    while victims:
+        run = Run(archive, model_folder, tmp_path / f"run{num_runs}")
+        num_runs += 1
         run.start(cluster.address)
         while run.driver.poll() is None:
             try:
-                run.driver.wait(chance.uniform(0, LONGEST_GAP_S) if kills else 120)
+                run.driver.wait(chance.uniform(0, LONGEST_GAP_S) if victims else 300)
             except subprocess.TimeoutExpired:
-                what = kills.pop()
-                kill(what, run, cluster, chance)
+                assert victims, "it does not end"
+                if victims[-1] != "worker" or any(map(cluster.worker_processes, cluster.workers)):
+                    strike(victims.pop(), run, cluster, chance)
                 run.committed()
-                print(f"{time.time() - T0:.1f} {what} {len(run.seen)}", flush=True)
         assert run.driver.returncode == 0, run.log.read_text()
-        print(f"{time.time() - T0:.1f} done", flush=True)
         assert run.rows() == undisturbed
-        if not kills:
-            break
 
 
 def test_a_node_that_joins_late_decodes(archive, model_folder, undisturbed, tmp_path):
@@ -141,7 +138,7 @@ def test_the_head_is_lost_and_a_new_cluster_continues(archive, model_folder, und
         wait_until(run.committed, run)
         cluster.kill_all()
         assert run.driver.wait(timeout=120) != 0
-        assert 0 < len(run.committed())
+        assert len(run.committed()) > 0
     with nodes(2) as cluster:
         run.start(cluster.address)
         assert run.driver.wait(timeout=300) == 0, run.log.read_text()

@@ -21,7 +21,7 @@ from tests.ray_nodes import nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-EPOCHS, STEP_S, LOOK_S = 20, 0.3, 5.0
+EPOCHS, STEP_S, LOOK_S = 10, 0.5, 5.0
 
 
 class Paced(MemoryClips):
