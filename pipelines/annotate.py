@@ -1,6 +1,5 @@
 """The graphs of Ray Data: manifest -> annotations; and videos -> manifest where that is not kept."""
 
-import contextlib
 import dataclasses
 import functools
 import shutil
@@ -30,7 +29,7 @@ from pipelines.timeline import ClipPlan
 from pipelines.tokenize import tokenize_table
 from pipelines.video import Video
 from pipelines.view import WHOLE_CLIPS, TokenOptions
-from pipelines.waiting import Notices, told
+from pipelines.waiting import Notices, patiently, told
 
 _VIDEOS = pa.schema(
     [
@@ -212,7 +211,7 @@ def _tokenize(
     notices: Notices | None,
 ) -> pa.Table:
     """Tokenize with signed addresses in place of the public ones, which stand in what comes out."""
-    with told(notices.post) if notices else contextlib.nullcontext():
+    with told(notices.post) if notices else patiently():
         decoded = tokenize_table(signatures.sign_table(manifest), config, options, limits)
     metrics.decoded(decoded, config.num_frames)
     place = DECODED.get_field_index("video")
