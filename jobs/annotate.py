@@ -17,7 +17,7 @@ from jobs.cluster import connected
 from jobs.inputs import BUNDLED_MODEL, Archive, LimitOptions, TokenArguments, load_model, make_output
 from jobs.placement import PlacementOptions, placed
 from jobs.plan_record import check_plan, write_plan
-from jobs.progress import clips_progress, videos_progress
+from jobs.progress import clips_progress, videos_progress, waiting_shown
 from jobs.run_record import read_run, totals_record, versions, write_run
 from jobs.session import Session, efficiency, run_name, speed
 from mone.baselines import capacities_of
@@ -86,7 +86,7 @@ def annotate(config: Annotate) -> None:
     settings = dataclasses.replace(settings, run=run_name(output))
     session = Session(output, record, RunMetrics(settings.run), config.price_per_hour)
     try:
-        with connected(config.address), session.measured():
+        with connected(config.address), session.measured(), waiting_shown(output):
             placement = placed(settings.wanted)
             session.entry |= {"device": placement.device, "model_workers": [placement.least, placement.most]}
             if not planned:

@@ -1,6 +1,7 @@
 """Progress of planning and of annotating, the latter read from what is committed: clips done, rate, time left."""
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from pipelines.waiting import Notices, told
+
 _POLL_S = 1.0
+_LOOKS_BEFORE_SAID = 3
 
 
 @contextlib.contextmanager
@@ -49,6 +53,47 @@ def videos_progress() -> Iterator[Callable[[int], object]]:
     """Count videos while they are planned; how many there will be is not known while the archive is listed."""
     with tqdm(desc="plan", unit="video", smoothing=0.1, mininterval=1) as bar:
         yield bar.update
+
+
+@contextlib.contextmanager
+def waiting_shown(output: Path) -> Iterator[None]:
+    """Say in a line when the run begins to wait for a store that is away, here or on its workers.
+
+    Args:
+        output: DIR.
+    """
+    notices, stop = Notices(output), threading.Event()
+    notices.clear()
+
+    def watch() -> None:
+        waits = _Waits()
+        while not stop.wait(_POLL_S):
+            if line := waits.seen(notices.read()):
+                tqdm.write(line, file=sys.stderr)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        with told(notices.post):
+            yield
+    finally:
+        stop.set()
+        watcher.join()
+        notices.clear()
+
+
+class _Waits:
+    """From what is waited for at each look to what is said: once for each time that a store is away."""
+
+    def __init__(self) -> None:
+        self.looks: dict[str, int] = {}
+
+    def seen(self, notices: list[str]) -> str:
+        """A line where something has been away for some looks, longer than a hiccup."""
+        reasons = {notice.partition(": ")[0]: notice for notice in notices}
+        self.looks = {place: self.looks.get(place, 0) + 1 for place in reasons}
+        new = [reason for place, reason in reasons.items() if self.looks[place] == _LOOKS_BEFORE_SAID]
+        return f"waiting   for {'; '.join(new)}; goes on when it is back" if new else ""
 
 
 class _RowCounter:

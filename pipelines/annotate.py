@@ -5,21 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.data import ActorPoolStrategy, Dataset
 
 from mone.checkpoint import Checkpoint
 from mone.engine.choice import Engine
 from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, withdraw, write_remaining
-from pipelines.ingest import tokenize_stage
+from pipelines.ingest import read_manifest, tokenize_stage
 from pipelines.limits import DEFAULT_LIMITS, Limits
 from pipelines.metrics import RunMetrics
 from pipelines.placement import ANY_DEVICE, Placement, Wanted, nodes_up, place
 from pipelines.planning import MANIFEST_DIR
 from pipelines.predict import Annotator
-from pipelines.schema import MANIFEST
 from pipelines.storage.signatures import UNSIGNED, Signatures
 from pipelines.view import WHOLE_CLIPS, TokenOptions
+from pipelines.waiting import Notices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +82,7 @@ def _annotate_remaining(
     placement: Placement,
     num_clips: int,
 ) -> None:
-    remaining = ray.data.read_parquet(str(output / REMAINING_DIR), schema=MANIFEST)
+    remaining = read_manifest(output / REMAINING_DIR)
     metrics = RunMetrics(settings.run)
     decoded = tokenize_stage(
         remaining,
@@ -93,6 +92,7 @@ def _annotate_remaining(
         signatures,
         num_clips=num_clips,
         metrics=metrics,
+        notices=Notices(output),
     )
     annotated = model_stage(
         decoded,

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipelines import waiting
 from pipelines.channel import Channel, shared_memory
 from pipelines.schema import Status
 
@@ -55,7 +56,7 @@ class Call(NamedTuple):
     Attributes:
         function: Of a module that the child can import.
         arguments: They are pickled, as is the result.
-        timeout_s: Wall-clock limit.
+        timeout_s: Wall-clock limit, beside waiting for a store that is away.
         memory_bytes: Limit on the child's memory: resident, without files that it has mapped.
     """
 
@@ -111,9 +112,10 @@ class _Child(Channel):
 
     def __init__(self) -> None:
         connection, theirs = socket.socketpair()
-        memory, (lifeline, ours) = shared_memory(), os.pipe()
+        memory, board, (lifeline, ours) = shared_memory(), waiting.board(), os.pipe()
         super().__init__(connection, memory)
-        descriptors = (theirs.fileno(), memory, lifeline)
+        self._board = waiting.Board(board)
+        descriptors = (theirs.fileno(), memory, board, lifeline)
         self._owner, self._is_busy = os.getpid(), False
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"from pipelines.child import _serve; _serve(*{descriptors}, {_PRELOADED})"],
@@ -126,8 +128,8 @@ class _Child(Channel):
             start_new_session=True,  # Ctrl-C is for us
         )
         theirs.close()
-        os.close(memory)
-        os.close(lifeline)
+        for descriptor in (memory, board, lifeline):
+            os.close(descriptor)
         self.end = weakref.finalize(self, _end, self._process, connection, ours)
         connection.settimeout(_START_TIMEOUT_S)
         if not connection.recv(1):
@@ -159,13 +161,19 @@ class _Child(Channel):
             self._process.kill()
             raise Killed(Status.DECODE_ERROR, f"ended by {_ending(self._process.wait())}") from error
         finally:
+            waiting.tell("")
             if self._is_busy:  # also where nobody takes the rest of the results
                 self.end()
 
     def _next_byte(self) -> bytes:
+        looked_s = time.monotonic()
         while True:
             with contextlib.suppress(TimeoutError):
                 return super()._next_byte()
+            if what := self._board.read():
+                self._deadline_s += time.monotonic() - looked_s
+            waiting.tell(what)
+            looked_s = time.monotonic()
             if self.memory_bytes() > self._task.memory_bytes:
                 limit = f"{self._task.memory_bytes / 2**30:.3g} GiB of memory"
                 raise Killed(Status.UNSUPPORTED, f"ended: it took more than {limit}")
@@ -188,7 +196,7 @@ def _ending(status: int) -> str:
     return signal.Signals(-status).name if status < 0 else f"exit status {status}"
 
 
-def _serve(connection_fd: int, memory_fd: int, lifeline_fd: int, modules: list[str]) -> None:
+def _serve(connection_fd: int, memory_fd: int, board_fd: int, lifeline_fd: int, modules: list[str]) -> None:
     """What a child does."""
     _die_with(lifeline_fd)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -197,7 +205,7 @@ def _serve(connection_fd: int, memory_fd: int, lifeline_fd: int, modules: list[s
     connection = socket.socket(fileno=connection_fd)
     channel = Channel(connection, memory_fd)
     connection.send(b"r")
-    with contextlib.suppress(EOFError, ConnectionError):
+    with waiting.told(waiting.Board(board_fd).write), contextlib.suppress(EOFError, ConnectionError):
         while True:
             for task in channel.receive():
                 channel.send(_answer(*task))

@@ -37,13 +37,14 @@ class StagedFiles:
     """A folder of parquet files that appear whole, each by one rename.
 
     Attributes:
+        output: Of the run.
         run: Unlike that of any other writer.
         staging: Where this writer's files grow.
         target: Where they are committed.
     """
 
     def __init__(self, output: Path, folder: str) -> None:
-        self.run = uuid.uuid4().hex
+        self.output, self.run = output, uuid.uuid4().hex
         self.staging, self.target = output / STAGING_DIR / self.run, output / folder
         self.staging.mkdir(parents=True)
         self.target.mkdir(exist_ok=True)

@@ -6,8 +6,10 @@ Their workers import this module, and so neither the model nor torch, which woul
 import dataclasses
 import functools
 from collections.abc import Iterable
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 from ray.data import Dataset
 
@@ -17,12 +19,13 @@ from pipelines.manifest import plan_video
 from pipelines.metrics import SILENT, RunMetrics
 from pipelines.placement import nodes_up, task_memory
 from pipelines.planning import manifest_table
-from pipelines.schema import DECODED
+from pipelines.schema import DECODED, MANIFEST
 from pipelines.storage.signatures import UNSIGNED, Signatures
 from pipelines.timeline import ClipPlan
 from pipelines.tokenize import tokenize_table
 from pipelines.video import Video
 from pipelines.view import TokenOptions
+from pipelines.waiting import Notices, patiently, told
 
 _VIDEOS = pa.schema(
     [
@@ -34,6 +37,8 @@ _VIDEOS = pa.schema(
 
 # Videos that one task probes: some tenths of a second of work.
 _VIDEOS_PER_TASK = 32
+# Of a CPU, to read a file of some megabytes.
+_READ_CPUS = 0.25
 # Clips of one decoding task, and so of one annotations file: seconds of work, which is what a crash can cost, against
 # tens of milliseconds for a task, a file and its checkpoint.
 CLIPS_PER_TASK = 32
@@ -44,6 +49,21 @@ _TASKS_PER_CORE, _FEWEST_CLIPS = 8, 4
 DECODE_CPUS = 0.5
 # Heap of a decoding task and its child. Ray cannot see heap, so it is asked for.
 DECODE_MEMORY_BYTES = DEFAULT_LIMITS.memory_bytes
+
+
+def read_manifest(folder: Path) -> Dataset:
+    """MANIFEST rows, a task for each file.
+
+    A task runs again. (Ray's `read_parquet` lets an actor read footers, and a run ended when that died with its node.)
+    """
+    paths = sorted(map(str, folder.iterdir()))
+    return ray.data.from_items(paths, override_num_blocks=len(paths)).map_batches(
+        _read_files, batch_size=None, batch_format="pyarrow", num_cpus=_READ_CPUS
+    )
+
+
+def _read_files(paths: pa.Table) -> pa.Table:
+    return pa.concat_tables(pq.read_table(path, schema=MANIFEST) for path in paths["item"].to_pylist())
 
 
 def plan_stage(videos: Iterable[Video], plan: ClipPlan) -> Dataset:
@@ -70,11 +90,18 @@ def tokenize_stage(
     *,
     num_clips: int | None = None,
     metrics: RunMetrics = SILENT,
+    notices: Notices | None = None,
 ) -> Dataset:
     """MANIFEST rows -> DECODED rows, on CPUs; how many rows there are, if it is known, decides how they are shared."""
     return manifest.repartition(target_num_rows_per_block=clips_per_task(num_clips)).map_batches(
         functools.partial(
-            _tokenize, config=config, options=options, limits=limits, signatures=signatures, metrics=metrics
+            _tokenize,
+            config=config,
+            options=options,
+            limits=limits,
+            signatures=signatures,
+            metrics=metrics,
+            notices=notices,
         ),
         batch_size=None,
         batch_format="pyarrow",
@@ -97,9 +124,11 @@ def _tokenize(
     limits: Limits,
     signatures: Signatures,
     metrics: RunMetrics,
+    notices: Notices | None,
 ) -> pa.Table:
     """Tokenize with signed addresses in place of the public ones, which stand in what comes out."""
-    decoded = tokenize_table(signatures.sign_table(manifest), config, options, limits)
+    with told(notices.post) if notices else patiently():
+        decoded = tokenize_table(signatures.sign_table(manifest), config, options, limits)
     metrics.decoded(decoded, config.num_frames)
     place = DECODED.get_field_index("video")
     return decoded.set_column(place, DECODED.field(place), manifest["video"])

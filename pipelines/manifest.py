@@ -13,6 +13,7 @@ from pipelines.probe import VideoInfo, file_identity
 from pipelines.schema import PlannedClip, Status
 from pipelines.timeline import ClipPlan
 from pipelines.view import View
+from pipelines.waiting import patiently
 
 
 def clip_id(video: str, size_bytes: int, version: str, start_s: float, end_s: float) -> str:
@@ -75,7 +76,8 @@ def by_video(clips: Iterable[PlannedClip]) -> Iterator[list[PlannedClip]]:
 
 def decode_planned(clips: Sequence[PlannedClip], view: View, limits: Limits = DEFAULT_LIMITS) -> list[Outcome]:
     """Decode rows of a manifest, one outcome each, in order; neighbours of one video share a pass over it."""
-    return [outcome for _, decoded in decode_videos(clips, view, limits) for outcome in decoded.outcomes]
+    with patiently():
+        return [outcome for _, decoded in decode_videos(clips, view, limits) for outcome in decoded.outcomes]
 
 
 def decode_videos(

@@ -30,6 +30,7 @@ from pipelines.schema import MANIFEST, PlannedClip
 from pipelines.storage.address import is_remote
 from pipelines.timeline import ClipPlan
 from pipelines.video import Video
+from pipelines.waiting import Notices, told
 
 MANIFEST_DIR, PARTIAL_DIR = "manifest", "manifest.partial"
 
@@ -84,7 +85,7 @@ def write_manifest(
 def _in_tasks(
     videos: Iterable[Video], plan: ClipPlan, limits: Limits, files: StagedFiles, known: KnownVideos
 ) -> Iterator[list[tuple[int, int] | None]]:
-    task = ray.remote(num_cpus=1)(plan_chunk)
+    task = ray.remote(num_cpus=1, max_retries=-1)(plan_chunk)  # a node may go as often as it likes
     everywhere, pending = ray.put(known), []
     chunks = iter(videos)
     for number in itertools.count():
@@ -105,6 +106,13 @@ def plan_chunk(
     Returns:
         For each video its hashes; None where it cannot be reached but is known.
     """
+    with told(Notices(files.output).post):
+        return _plan_chunk(videos, plan, limits, files, number, known)
+
+
+def _plan_chunk(
+    videos: Sequence[Video], plan: ClipPlan, limits: Limits, files: StagedFiles, number: int, known: KnownVideos
+) -> list[tuple[int, int] | None]:
     are_remote = any(is_remote(video.uri) for video in videos)
     found = _map(_identified, videos, _ASKED_TOGETHER if are_remote else 1)
     known_V = [known.has(video.address, video.size_bytes, video.version) for video in found]

@@ -47,6 +47,7 @@ class Workers:
         storage: Folder or pyarrow URI of the checkpoints.
         device: "cuda", "cpu", or "" for GPUs where any is up.
         max_failures: Restarts after the failure of a worker, before the run is given up; -1: any number.
+        resize_s: Between two looks whether there is room for more workers.
     """
 
     count: int | tuple[int, int]
@@ -54,6 +55,7 @@ class Workers:
     storage: str
     device: str = ""
     max_failures: int = 3
+    resize_s: float = 60.0
 
     @property
     def use_gpu(self) -> bool:
@@ -96,6 +98,7 @@ def fit(job: TrainJob, sources: Callable[[], Sources], workers: Workers, make_lo
         scaling_config=ScalingConfig(
             num_workers=workers.count,
             use_gpu=use_gpu,
+            elastic_resize_monitor_interval_s=workers.resize_s,
             resources_per_worker={"CPU": _WORKER_CPUS} | ({"GPU": 1} if use_gpu else {}),
         ),
         run_config=RunConfig(

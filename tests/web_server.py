@@ -135,15 +135,20 @@ class FaultyApp:
 
     Attributes:
         faults: HTTP statuses, one a request.
+        is_away: Whether it answers all requests with 503.
         requests: Method, path and range so far.
     """
 
     def __init__(self, app: Callable) -> None:
         self.app, self.faults, self.requests = app, list[int](), list[tuple[str, str, str]]()
+        self.is_away = False
 
     def __call__(self, environ: dict, start_response: Callable) -> Any:
         request = (environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("HTTP_RANGE", ""))
         self.requests.append(request)
+        if self.is_away:
+            start_response("503 Slow Down", [("Content-Length", "0")])
+            return [b""]
         if self.faults and request[0] != "PUT":
             start_response(f"{self.faults.pop(0)} Fault", [("Content-Length", "0")])
             return [b""]

@@ -113,19 +113,17 @@ class ControlPath:
         """As `pipelines.annotate.write_annotations`, asleep."""
         import functools
 
-        import ray.data
         from ray.data import ActorPoolStrategy
 
         from jobs.benchmarks import asleep
         from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, write_remaining
-        from pipelines.ingest import DECODE_CPUS, clips_per_task
+        from pipelines.ingest import DECODE_CPUS, clips_per_task, read_manifest
         from pipelines.placement import WRITE_CPUS
-        from pipelines.schema import MANIFEST
 
         fence(output)
         num_clips = write_remaining(output, output / "manifest")
         (
-            ray.data.read_parquet(str(output / REMAINING_DIR), schema=MANIFEST)
+            read_manifest(output / REMAINING_DIR)
             .repartition(target_num_rows_per_block=clips_per_task(num_clips))
             .map_batches(
                 functools.partial(asleep.decode, seconds_per_clip=self.decode_ms / 1e3),

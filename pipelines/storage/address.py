@@ -44,6 +44,12 @@ def bucket_and_key(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
+def place_of(uri: str) -> str:
+    """Bucket or host of a file that is elsewhere, for people."""
+    scheme, _, rest = public_address(uri).partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}"
+
+
 def extension(uri: str) -> str:
     """Of the file's name, in lower case, with its dot; "" where there is none."""
     path = urlsplit(public_address(uri)).path if is_web(uri) else uri

@@ -12,7 +12,7 @@ import google.auth.transport.requests
 import requests
 
 from pipelines.schema import Status
-from pipelines.storage.address import bucket_and_key
+from pipelines.storage.address import bucket_and_key, place_of
 from pipelines.storage.store import CONNECT_S, STALL_S, Listed, Piece, StorageFailure, refusal, retried
 from pipelines.storage.web import get_range
 
@@ -42,7 +42,7 @@ def listing(prefix: str) -> Iterator[Listed]:
     bucket, key = bucket_and_key(prefix)
     token = ""
     while True:
-        page = retried(functools.partial(_page, bucket, key, token))
+        page = retried(functools.partial(_page, bucket, key, token), place_of(prefix))
         for found in page.get("items", ()):
             yield Listed(f"gs://{bucket}/{found['name']}", int(found["size"]), found["generation"])
         token = page.get("nextPageToken", "")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from pipelines.schema import Status
-from pipelines.storage.address import public_address, scheme_of
+from pipelines.storage.address import place_of, public_address, scheme_of
 from pipelines.storage.store import Listed, Piece, StorageFailure, retried
 
 # Imported when the first such address is met: most archives are on a disk.
@@ -30,7 +30,7 @@ def fetch(uri: str, start: int, length: int) -> Piece:
         StorageFailure: There is none.
     """
     store = _store(uri)
-    return retried(lambda: store.fetch(uri, start, length))
+    return retried(lambda: store.fetch(uri, start, length), place_of(uri))
 
 
 def listing(prefix: str) -> Iterator[Listed]:

@@ -11,12 +11,19 @@ import botocore.exceptions
 from botocore import UNSIGNED
 
 from pipelines.schema import Status
-from pipelines.storage.address import bucket_and_key
+from pipelines.storage.address import bucket_and_key, place_of
 from pipelines.storage.store import CONNECT_S, STALL_S, Listed, Piece, StorageFailure, drained, refusal, retried
 
 _CHUNK_BYTES = 1 << 16
 _CONNECTIONS = 32
 _PAGE_OBJECTS = 1000  # the most that S3 gives
+
+
+_ON_THE_WAY = (
+    botocore.exceptions.HTTPClientError,
+    botocore.exceptions.ConnectionError,  # also where nobody listens
+    botocore.exceptions.IncompleteReadError,
+)
 
 
 @functools.lru_cache(maxsize=1)
@@ -65,7 +72,7 @@ def listing(prefix: str) -> Iterator[Listed]:
     token: dict[str, str] = {}
     while True:
         wanted = {"Bucket": bucket, "Prefix": key, "MaxKeys": _PAGE_OBJECTS} | token
-        page = retried(functools.partial(_ask, "list_objects_v2", **wanted))
+        page = retried(functools.partial(_ask, "list_objects_v2", **wanted), place_of(prefix))
         for found in page.get("Contents", ()):
             yield Listed(f"s3://{bucket}/{found['Key']}", found["Size"], found["ETag"].strip('"'))
         if not page.get("IsTruncated"):
@@ -94,5 +101,5 @@ def _failure(error: botocore.exceptions.BotoCoreError) -> StorageFailure:
     name = type(error).__name__
     if isinstance(error, botocore.exceptions.ReadTimeoutError | botocore.exceptions.ConnectTimeoutError):
         return StorageFailure(Status.TIMEOUT, f"S3 does not answer in time: {name}", transient=True)
-    transient = isinstance(error, botocore.exceptions.HTTPClientError | botocore.exceptions.IncompleteReadError)
+    transient = isinstance(error, _ON_THE_WAY)
     return StorageFailure(Status.MISSING, f"S3 cannot be asked: {name}", transient=transient)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines import waiting
 from pipelines.child import Call, Killed, call, call_each, num_children
 from pipelines.schema import Status
 
@@ -54,6 +55,13 @@ def refuse(message: str) -> None:
 def slowly(number: int) -> int:
     time.sleep(0.2)
     return number
+
+
+def wait_for_a_store(seconds: float) -> str:
+    waiting.tell("s3://bucket: it is away")
+    time.sleep(seconds)
+    waiting.tell("")
+    return "served"
 
 
 def killed(result: object) -> Killed:
@@ -195,3 +203,10 @@ def wait_for(condition) -> None:
 )
 def test_a_child_is_started_for_several_files(num_files, most, expected):
     assert num_children(num_files, most) == expected
+
+
+def test_waiting_for_a_store_is_passed_on_and_does_not_count():
+    said: list[str] = []
+    with waiting.told(said.append):
+        assert call(task(wait_for_a_store, 1.0, timeout_s=0.5)) == "served"
+    assert {*said} == {"s3://bucket: it is away", ""} and said[-1] == ""

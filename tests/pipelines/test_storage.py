@@ -22,6 +22,7 @@ from pipelines.storage import web as web_store
 from pipelines.storage.address import extension, is_remote, public_address
 from pipelines.storage.ranged import RangedFile, listing
 from pipelines.view import View
+from pipelines.waiting import told
 from tests.media import indexed_frames, read_index, write_video
 from tests.web_server import answer, reset, stall, trickle
 
@@ -192,6 +193,28 @@ def test_a_fault_that_stays_is_a_failure_with_its_reason_and_without_the_signatu
     found = failure_of(f"{web.url}/a.mp4?{SECRET}")
     assert found.status == status and word in str(found) and SECRET not in str(found)
     assert 20 - len(web.faults) == tries
+
+
+def test_a_store_that_is_away_is_waited_for_where_somebody_is_told(web, monkeypatch):
+    monkeypatch.setattr(store, "_LONGEST_WAIT_S", 0.01)
+    (web.folder / "a.bin").write_bytes(b"content")
+    web.faults = [answer(503)] * 20
+    said: list[str] = []
+    with told(said.append):
+        assert RangedFile(f"{web.url}/a.bin?{web.query}").readall() == b"content"
+    assert not web.faults and said[-1] == ""
+    assert {*said[:20]} == {f"{web.url}: the store answers 503 Service Unavailable"}
+
+
+def test_a_store_that_does_not_come_back_is_waited_for_once(web, monkeypatch):
+    monkeypatch.setattr(store, "_LONGEST_WAIT_S", 0.01)
+    monkeypatch.setattr(store, "PATIENCE_S", 0.3)
+    web.faults = [answer(503)] * 10_000
+    with told(lambda text: None):
+        assert "attempts" in str(failure_of(f"{web.url}/a.mp4"))
+        web.requests.clear()
+        assert failure_of(f"{web.url}/b.mp4").status == Status.MISSING
+    assert len(web.requests) == store.ATTEMPTS
 
 
 def test_a_server_that_is_not_there_is_a_failure():
