@@ -9,6 +9,8 @@ from pathlib import Path
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
+# Of the node itself, which ends with them.
+_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 _SMALL = {"object_store_memory": 100 * 2**20}
 
 
@@ -74,7 +76,8 @@ class Nodes:
         """Process ids of the node in which tasks and actors run, or will."""
         (raylet,) = node.all_processes["raylet"]
         children = _read(f"/proc/{raylet.process.pid}/task/{raylet.process.pid}/children").split()
-        return [int(child) for child in children if _read(f"/proc/{child}/cmdline").startswith("ray::")]
+        names = {int(child): _read(f"/proc/{child}/cmdline").rstrip("\0 ") for child in children}
+        return [child for child, name in names.items() if name.startswith("ray::") and name not in _AGENTS]
 
 
 def kill(process: int) -> None:
