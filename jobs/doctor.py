@@ -19,7 +19,7 @@ from jobs.diagnosis.finding import Finding
 from jobs.inputs import BUNDLED_MODEL, load_model, make_output
 from mone.config import ModelConfig
 from pipelines.archive import Video, list_videos
-from pipelines.ingest import CLIPS_PER_TASK, DECODE_MEMORY_BYTES
+from pipelines.ingest import CLIPS_TOGETHER, DECODE_MEMORY_BYTES
 from pipelines.storage.address import public_address
 
 _NUM_VIDEOS = 4
@@ -86,7 +86,7 @@ def _diagnose(config: Doctor, model: ModelConfig, videos: list[Video], output: P
             read = examiners.ask("unread", folder, list(written.given))
         silent |= written.silent | read.silent
         later += checks.check_output(written.given, read.given, config.output)
-    block_bytes = CLIPS_PER_TASK * model.num_frames * model.height_px * model.width_px * 3
+    block_bytes = CLIPS_TOGETHER * model.num_frames * model.height_px * model.width_px * 3
     findings = checks.check_answers(silent)
     findings += checks.check_capacity(resources, block_bytes, DECODE_MEMORY_BYTES)
     if facts:

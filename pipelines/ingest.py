@@ -5,7 +5,7 @@ Their workers import this module, and so neither the model nor torch, which woul
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -39,9 +39,10 @@ _VIDEOS = pa.schema(
 _VIDEOS_PER_TASK = 32
 # Of a CPU, to read a file of some megabytes.
 _READ_CPUS = 0.25
-# Clips of one decoding task, and so of one annotations file: seconds of work, which is what a crash can cost, against
-# tens of milliseconds for a task, a file and its checkpoint.
-CLIPS_PER_TASK = 32
+# Clips that a decoding task decodes and hands on together: seconds of work, some hundred megabytes.
+CLIPS_TOGETHER = 32
+# Clips of a task, at most. A task costs the driver, of which there is one, milliseconds.
+MOST_CLIPS_PER_TASK = 128
 # Tasks for each core, where there are so few clips that all cores would not be at work until the end.
 _TASKS_PER_CORE, _FEWEST_CLIPS = 8, 4
 # Share of a core that a decoding task asks for, so that there are two for each core: Ray Data looks for tasks that have
@@ -114,7 +115,8 @@ def tokenize_stage(
 def clips_per_task(num_clips: int | None) -> int:
     """Clips that a decoding task takes: fewer where there are so few that cores would stand idle at the end."""
     num_tasks = _TASKS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    return CLIPS_PER_TASK if num_clips is None else min(CLIPS_PER_TASK, max(_FEWEST_CLIPS, num_clips // num_tasks))
+    wanted = CLIPS_TOGETHER if num_clips is None else max(_FEWEST_CLIPS, num_clips // num_tasks)
+    return min(MOST_CLIPS_PER_TASK, wanted)
 
 
 def _tokenize(
@@ -125,10 +127,12 @@ def _tokenize(
     signatures: Signatures,
     metrics: RunMetrics,
     notices: Notices | None,
-) -> pa.Table:
+) -> Iterator[pa.Table]:
     """Tokenize with signed addresses in place of the public ones, which stand in what comes out."""
-    with told(notices.post) if notices else patiently():
-        decoded = tokenize_table(signatures.sign_table(manifest), config, options, limits)
-    metrics.decoded(decoded, config.num_frames)
     place = DECODED.get_field_index("video")
-    return decoded.set_column(place, DECODED.field(place), manifest["video"])
+    for start in range(0, len(manifest), CLIPS_TOGETHER):
+        clips = manifest.slice(start, CLIPS_TOGETHER)
+        with told(notices.post) if notices else patiently():
+            decoded = tokenize_table(signatures.sign_table(clips), config, options, limits)
+        metrics.decoded(decoded, config.num_frames)
+        yield decoded.set_column(place, DECODED.field(place), clips["video"])

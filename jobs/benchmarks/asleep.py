@@ -4,28 +4,25 @@ Their workers import this module, and so nothing that takes seconds of each of t
 """
 
 import time
+from collections.abc import Iterator
 
 import pyarrow as pa
 
-from pipelines.schema import ANNOTATIONS, DECODED, MANIFEST
+from pipelines.ingest import CLIPS_TOGETHER
+from pipelines.schema import ANNOTATIONS, DECODED
 
 
-def decode(manifest: pa.Table, seconds_per_clip: float) -> pa.Table:
+def decode(manifest: pa.Table, seconds_per_clip: float) -> Iterator[pa.Table]:
     """MANIFEST rows to DECODED rows with next to no pixels, in the time that decoding would take."""
-    time.sleep(seconds_per_clip * len(manifest))
-    made = {
-        "decoder": pa.repeat("none", len(manifest)),
-        "decode_ms": pa.repeat(pa.scalar(seconds_per_clip * 1e3, pa.float32()), len(manifest)),
-        "patches": pa.repeat(pa.scalar(b"0", pa.large_binary()), len(manifest)),
-    }
-    columns = [
-        made.get(field.name, pa.nulls(len(manifest), field.type))
-        if field.name not in MANIFEST.names
-        # without what Ray may have left of a longer table
-        else manifest[field.name]
-        for field in DECODED
-    ]
-    return pa.table(columns, schema=DECODED)
+    for start in range(0, len(manifest), CLIPS_TOGETHER):
+        clips = manifest.slice(start, CLIPS_TOGETHER)
+        time.sleep(seconds_per_clip * len(clips))
+        made = {
+            "decoder": pa.repeat("none", len(clips)),
+            "decode_ms": pa.repeat(pa.scalar(seconds_per_clip * 1e3, pa.float32()), len(clips)),
+            "patches": pa.repeat(pa.scalar(b"0", pa.large_binary()), len(clips)),
+        }
+        yield _table(DECODED, made, clips)
 
 
 class Label:
@@ -48,12 +45,17 @@ class Label:
             "true_label": decoded["label"],
             "model_id": pa.repeat("none", count),
         }
-        columns = [
-            made[field.name]
-            if field.name in made
-            else decoded[field.name]
-            if field.name in decoded.column_names
-            else pa.nulls(count, field.type)
-            for field in ANNOTATIONS
-        ]
-        return pa.table(columns, schema=ANNOTATIONS)
+        return _table(ANNOTATIONS, made, decoded)
+
+
+def _table(schema: pa.Schema, made: dict[str, pa.Array], given: pa.Table) -> pa.Table:
+    """Columns that were made, else given, else null."""
+    columns = [
+        made[field.name]
+        if field.name in made
+        else given[field.name]
+        if field.name in given.column_names
+        else pa.nulls(len(given), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)

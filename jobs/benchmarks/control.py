@@ -18,6 +18,8 @@ from jobs.benchmarks.watch import below, cpu_s, is_service
 from jobs.cli import UserError
 
 _CLIPS_PER_VIDEO, _VIDEOS_PER_FILE = 100, 256
+# What clips that are handed on together take without pixels.
+_BLOCK_BYTES = 16 << 10
 # Of a CPU, for each process that would run a model.
 _MODEL_CPUS = 0.01
 
@@ -113,13 +115,15 @@ class ControlPath:
         """As `pipelines.annotate.write_annotations`, asleep."""
         import functools
 
-        from ray.data import ActorPoolStrategy
+        from ray.data import ActorPoolStrategy, DataContext
 
         from jobs.benchmarks import asleep
         from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, write_remaining
         from pipelines.ingest import DECODE_CPUS, clips_per_task, read_manifest
         from pipelines.placement import WRITE_CPUS
 
+        # So that blocks are as many as with pixels, which make each of some hundred megabytes.
+        DataContext.get_current().target_max_block_size = _BLOCK_BYTES
         fence(output)
         num_clips = write_remaining(output, output / "manifest")
         (

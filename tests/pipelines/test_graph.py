@@ -49,7 +49,7 @@ def videos(archive) -> list[Video]:
 def many_tasks(monkeypatch) -> None:
     """Tasks so small that every stage has several, and one of them has nothing but failures."""
     monkeypatch.setattr(pipelines.planning, "_VIDEOS_PER_TASK", 3)
-    monkeypatch.setattr(pipelines.ingest, "CLIPS_PER_TASK", 1)
+    monkeypatch.setattr(pipelines.ingest, "MOST_CLIPS_PER_TASK", 1)
 
 
 def manifest_by_hand(videos: list[Video], plan: ClipPlan = PLAN) -> pa.Table:
@@ -172,7 +172,7 @@ class Slow(Annotator):
         time.sleep(0.1)
         return super().__call__(batch)
 
-graph.Annotator, pipelines.ingest.CLIPS_PER_TASK = Slow, 1
+graph.Annotator, pipelines.ingest.MOST_CLIPS_PER_TASK = Slow, 1
 settings = graph.Settings(capacity=0.4, top_k=3, batch_size=1)
 with connected(""):
     graph.write_annotations(Path(sys.argv[1]), read_checkpoint(sys.argv[2]), settings)
