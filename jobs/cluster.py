@@ -21,9 +21,7 @@ def connected(address: str) -> Iterator[None]:
     Raises:
         UserError: No cluster answers at the address.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else `uv run` re-installs in every worker
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else a warning about its own actors for every run
+    set_ray_options()
     address = address or os.environ.get("RAY_ADDRESS", "")
     options = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
@@ -42,3 +40,16 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def set_ray_options() -> None:
+    """Options of a Ray that is started from this process, where the user has not set them."""
+    options = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` re-installs in every worker
+        "RAY_BACKEND_LOG_LEVEL": "fatal",  # else a warning about its own actors for every run
+        # Else workers beyond one for each CPU end after a second without work, and others take as long to start.
+        "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    }
+    for name, value in options.items():
+        os.environ.setdefault(name, value)

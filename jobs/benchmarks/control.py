@@ -74,8 +74,9 @@ class ControlPath:
     def _cluster(self) -> Iterator[None]:
         from ray.cluster_utils import Cluster
 
-        from jobs.cluster import connected
+        from jobs.cluster import connected, set_ray_options
 
+        set_ray_options()
         size: dict[str, Any] = {"num_cpus": self.cpus, "object_store_memory": 256 * 2**20, "memory": 64 * 2**30}
         with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temp:
             cluster = Cluster(
