@@ -19,34 +19,34 @@ _RENEWED_S, _OUTDATED_S = 1.0, 30.0
 _BOARD_BYTES = 1 << 10
 
 Tell = Callable[[str], object]
-_listener: Tell | None = None
+# Those of blocks that have not ended, which threads enter and leave in any order.
+_listeners: list[Tell] = []
 
 
 def tell(text: str) -> None:
     """Say what this thread waits for; "" where it waits no more."""
-    if _listener:
-        _listener(text)
+    for listener in _listeners[-1:]:
+        listener(text)
 
 
 def is_told() -> bool:
     """Whether somebody listens."""
-    return _listener is not None
+    return bool(_listeners)
 
 
 @contextlib.contextmanager
 def told(listener: Tell) -> Iterator[None]:
     """Listen in this process, all its threads, for the time of a block."""
-    global _listener
-    before, _listener = _listener, listener
+    _listeners.append(listener)
     try:
         yield
     finally:
-        _listener = before
+        _listeners.remove(listener)
 
 
 def patiently() -> contextlib.AbstractContextManager[None]:
     """Wait in a block also where nobody listens, as in training, which would go on without the clips."""
-    return told(_listener or (lambda text: None))
+    return told(_listeners[-1] if _listeners else lambda text: None)
 
 
 def board() -> int:

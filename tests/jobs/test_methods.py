@@ -43,7 +43,7 @@ def _on_one_cpu_without_ray(monkeypatch):
 def loop(monkeypatch) -> None:
     """Score in a loop over the graph's own functions; that the graph says the same is tested with Ray elsewhere."""
 
-    def score_videos(videos, plan, checkpoint, capacities, options, engine):
+    def score_videos(videos, plan, checkpoint, capacities, options, engine, placement):
         clips = [dataclasses.asdict(clip) for video in videos for clip in plan_video(video, plan)]
         decoded = tokenize_table(pa.Table.from_pylist(clips, schema=MANIFEST), checkpoint.config, options)
         for row in Scorer(checkpoint, capacities, engine)(decoded).to_pylist():
@@ -54,6 +54,7 @@ def loop(monkeypatch) -> None:
 
     monkeypatch.setattr(jobs.evaluate, "score_videos", score_videos)
     monkeypatch.setattr(jobs.evaluate, "connected", lambda address: contextlib.nullcontext())
+    monkeypatch.setattr(jobs.evaluate, "placed", lambda wanted: None)
 
 
 def evaluated(capsys, data: Path, model: Path, *options: object) -> dict:
