@@ -15,7 +15,7 @@ Device = Literal["auto", "cuda", "cpu"]
 
 # Of a CPU, for a write, which waits for the disk. What decodes takes halves and leaves this room beside the model's
 # processes; without it nothing would be committed before everything is decoded.
-WRITE_CPUS = 0.25
+_WRITE_CPUS = 0.25
 # For a process of the model: some, so that it is not put on a head that is to compute nothing.
 _FEW_CPUS = 0.01
 # For one that feeds a GPU, where there are CPUs enough.
@@ -93,7 +93,7 @@ def place(wanted: Wanted, nodes: Iterable[Node]) -> Placement:
     num_gpus, num_cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
     # On one CPU a task is alone, or not at all.
     alone = 0 < max((node.cpus for node in nodes), default=0) < 2
-    few, write = (0.0, 0.0) if alone else (_FEW_CPUS, WRITE_CPUS)
+    few, write = (0.0, 0.0) if alone else (_FEW_CPUS, _WRITE_CPUS)
     least, most = wanted.workers
     if wanted.device == "cpu" or (wanted.device == "auto" and not num_gpus):
         most = most or max(least, int(num_cpus) // 2)  # the other half decodes

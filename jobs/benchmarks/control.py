@@ -20,8 +20,6 @@ from jobs.cli import UserError
 _CLIPS_PER_VIDEO, _VIDEOS_PER_FILE = 100, 256
 # What clips that are handed on together take without pixels.
 _BLOCK_BYTES = 16 << 10
-# Of a CPU, for each process that would run a model.
-_MODEL_CPUS = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,18 +114,20 @@ class ControlPath:
         """As `pipelines.annotate.write_annotations`, asleep."""
         import functools
 
-        from ray.data import ActorPoolStrategy, DataContext
+        from ray.data import DataContext
 
         from jobs.benchmarks import asleep
+        from pipelines.annotate import model_stage
         from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, write_remaining
         from pipelines.ingest import DECODE_CPUS, clips_per_task, read_manifest
-        from pipelines.placement import WRITE_CPUS
+        from pipelines.placement import Wanted, nodes_up, place
 
         # So that blocks are as many as with pixels, which make each of some hundred megabytes.
         DataContext.get_current().target_max_block_size = _BLOCK_BYTES
         fence(output)
         num_clips = write_remaining(output, output / "manifest")
-        (
+        placement = place(Wanted(device="cpu", workers=(1, 2 * self.nodes)), nodes_up())
+        decoded = (
             read_manifest(output / REMAINING_DIR)
             .repartition(target_num_rows_per_block=clips_per_task(num_clips))
             .map_batches(
@@ -136,16 +136,12 @@ class ControlPath:
                 batch_format="pyarrow",
                 num_cpus=DECODE_CPUS,
             )
-            .map_batches(
-                asleep.Label,
-                fn_constructor_args=(self.model_ms / 1e3,),
-                batch_size=self.batch_size,
-                batch_format="pyarrow",
-                compute=ActorPoolStrategy(min_size=1, max_size=self.nodes * 2),
-                num_cpus=_MODEL_CPUS,
-            )
-            .write_datasink(CommittedFiles(output, num_clips=num_clips), ray_remote_args={"num_cpus": WRITE_CPUS})
         )
+        labelled = model_stage(
+            decoded, asleep.Label, (self.model_ms / 1e3,), batch_size=self.batch_size, placement=placement
+        )
+        files = CommittedFiles(output, num_clips=num_clips)
+        labelled.write_datasink(files, ray_remote_args={"num_cpus": placement.write_cpus})
         fence(output)
 
 

@@ -4,8 +4,8 @@ Tokens of all sequences are rows of one matrix, sorted by expert (`mone.engine.r
 LayerNorm, projection to queries, keys and values, attention, projection out onto the residual stream, LayerNorm, and
 the two of the MLP. Each works on the rows of all experts.
 
-The residual stream is in half precision, under autocast too, where the reference keeps it in float32: it is what half
-of the kernels' traffic is.
+The residual stream is in half precision, under autocast too, where the reference keeps it in float32: LayerNorm and the
+products that end on it move half as much.
 
 Shapes: S sequences, N tokens, R rows, D model features, H hidden features, C class tokens, L blocks.
 """
