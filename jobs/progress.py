@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from jobs.background import looking
 from pipelines.waiting import Notices, told
 
 _POLL_S = 1.0
@@ -27,24 +27,16 @@ def clips_progress(annotations: Path, total: int, on_left: Callable[[int], objec
     """
     counter = _RowCounter(annotations)
     done_before = counter.count()
-    stop = threading.Event()
     with tqdm(total=total, initial=done_before, desc="annotate", unit="clip", smoothing=0.1, mininterval=1) as bar:
 
         def update() -> None:
             bar.update(counter.count() - bar.n)
             on_left(total - int(bar.n))
 
-        def watch() -> None:
-            while not stop.wait(_POLL_S):
-                update()
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
         try:
-            yield
+            with looking(update, _POLL_S):
+                yield
         finally:
-            stop.set()
-            watcher.join()
             update()
 
 
@@ -62,23 +54,17 @@ def waiting_shown(output: Path) -> Iterator[None]:
     Args:
         output: DIR.
     """
-    notices, stop = Notices(output), threading.Event()
+    notices, waits = Notices(output), _Waits()
     notices.clear()
 
-    def watch() -> None:
-        waits = _Waits()
-        while not stop.wait(_POLL_S):
-            if line := waits.seen(notices.read()):
-                tqdm.write(line, file=sys.stderr)
+    def say() -> None:
+        if line := waits.seen(notices.read()):
+            tqdm.write(line, file=sys.stderr)
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
     try:
-        with told(notices.post):
+        with looking(say, _POLL_S), told(notices.post):
             yield
     finally:
-        stop.set()
-        watcher.join()
         notices.clear()
 
 

@@ -2,11 +2,11 @@
 
 import contextlib
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jobs.background import looking
 from jobs.curve_record import CurveRecord
 from jobs.curves import write_run_curve
 from jobs.metrics import METRICS_FILE, MetricsWriter, read_metrics
@@ -58,25 +58,21 @@ class RunLog:
 def showing(folder: Path) -> Iterator[None]:
     """Print what is new in metrics.jsonl, whichever process and machine writes it."""
     seen = {(record["kind"], record["step"]) for record in read_metrics(folder)}
-    ended = threading.Event()
+    written = None
 
     def follow() -> None:
-        written, over = None, False
-        while not over:
-            over = ended.wait(_LOOK_EVERY_S)
-            with contextlib.suppress(FileNotFoundError):  # not yet
-                stat = (folder / METRICS_FILE).stat()
-                if (stat.st_ino, stat.st_size) != written:
-                    written = (stat.st_ino, stat.st_size)
-                    _show_new(folder, seen)
+        nonlocal written
+        with contextlib.suppress(FileNotFoundError):  # not yet
+            stat = (folder / METRICS_FILE).stat()
+            if (stat.st_ino, stat.st_size) != written:
+                written = (stat.st_ino, stat.st_size)
+                _show_new(folder, seen)
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
     try:
-        yield
+        with looking(follow, _LOOK_EVERY_S):
+            yield
     finally:
-        ended.set()
-        thread.join()
+        follow()
 
 
 def _show_new(folder: Path, seen: set[tuple[str, int]]) -> None:

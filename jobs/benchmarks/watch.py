@@ -1,11 +1,13 @@
 """What the processes below this one take while something runs."""
 
 import contextlib
+import functools
 import os
-import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+
+from jobs.background import looking
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 # Ray's own services, which are there in any case.
@@ -29,26 +31,21 @@ class Memory:
     @contextlib.contextmanager
     def watched(self, every_s: float = 0.1) -> Iterator[None]:
         """Look at all processes below this one again and again."""
-        ended = threading.Event()
-        before = _cpu_s()
-        thread = threading.Thread(target=self._watch, args=(ended, every_s), daemon=True)
-        thread.start()
+        session, before = _spill_folder(), _cpu_s()
+        look = functools.partial(self._look, session)
+        look()  # one at least
         try:
-            yield
+            with looking(look, every_s):
+                yield
         finally:
-            ended.set()
-            thread.join()
             after = _cpu_s()
             self.cpu_s = sum(seconds - before.get(process, 0.0) for process, seconds in after.items())
 
-    def _watch(self, ended: threading.Event, every_s: float) -> None:
-        session, is_ended = _spill_folder(), False
-        while not is_ended:  # one look at least
-            sizes = [_allocated_bytes(process) for process in below(os.getpid()) if not is_service(process)]
-            self.largest = max([self.largest, *sizes])
-            self.together = max(self.together, sum(sizes))
-            self.spilled = max(self.spilled, _spilled_bytes(session))
-            is_ended = ended.wait(every_s)
+    def _look(self, session: Path | None) -> None:
+        sizes = [_allocated_bytes(process) for process in below(os.getpid()) if not is_service(process)]
+        self.largest = max([self.largest, *sizes])
+        self.together = max(self.together, sum(sizes))
+        self.spilled = max(self.spilled, _spilled_bytes(session))
 
 
 def below(root: int) -> list[int]:
