@@ -27,6 +27,7 @@ from mone.engine.choice import Engine
 from pipelines.annotate import Settings, write_annotations
 from pipelines.archive import ArchiveError
 from pipelines.commit import ANNOTATIONS_DIR
+from pipelines.decode import DecoderChoice
 from pipelines.ledger import Totals, totals
 from pipelines.metrics import RunMetrics
 from pipelines.planning import MANIFEST_DIR, write_manifest
@@ -58,6 +59,9 @@ class Annotate(TokenArguments, LimitOptions, PlacementOptions):
     """Clips of a forward pass; 0 picks 64 on a GPU, 16 on a CPU."""
     engine: Engine = "auto"
     """Code that runs the model's blocks, "reference" being the plainest; all compute the same (docs/performance.md)."""
+    decoder: DecoderChoice = "auto"
+    """auto: NVDEC beside CPUs where a node has an NVIDIA GPU, the faster taking more. cpu: CPUs alone. nvdec: NVDEC
+    alone, CPUs only where it cannot. The column `decoder` says who decoded a clip, `note` why another could not."""
     retry_failed: bool = False
     """Do the rows of an earlier run again that are not ok, beside what is new."""
     max_failed_share: float = 0.5
@@ -134,6 +138,7 @@ def check(config: Annotate) -> tuple[Checkpoint, Settings]:
         wanted=config.wanted(config.address),
         engine=config.engine,
         limits=config.limits(),
+        decoder=config.decoder,
     )
 
 

@@ -104,6 +104,14 @@ def num_children(num_files: int, most: int) -> int:
     return max(1, min(most, -(-num_files // _FILES_PER_CHILD)))
 
 
+def hold(num_bytes: int) -> None:
+    """Say, in a child, that it has so much more memory for all of its calls, which counts against none of them."""
+    global _held_bytes
+    _held_bytes += num_bytes
+
+
+_held_bytes = 0
+
 _children = threading.local()  # a child for each thread that calls, ended with it
 
 
@@ -116,7 +124,7 @@ class _Child(Channel):
         super().__init__(connection, memory)
         self._board = waiting.Board(board)
         descriptors = (theirs.fileno(), memory, board, lifeline)
-        self._owner, self._is_busy = os.getpid(), False
+        self._owner, self._is_busy, self._held_bytes = os.getpid(), False, 0
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"from pipelines.child import _serve; _serve(*{descriptors}, {_PRELOADED})"],
             pass_fds=descriptors,
@@ -140,11 +148,8 @@ class _Child(Channel):
         return not self._is_busy and self._owner == os.getpid() and self._process.poll() is None
 
     def memory_bytes(self) -> int:
-        """Resident memory without shared pages: what it has allocated."""
-        with contextlib.suppress(OSError), open(f"/proc/{self._process.pid}/statm") as file:  # noqa: PTH123
-            _, resident, shared, *_ = map(int, file.read().split())
-            return (resident - shared) * _PAGE_BYTES
-        return 0
+        """Resident memory without shared pages, and without what it holds: what its calls have allocated."""
+        return allocated_bytes(self._process.pid) - self._held_bytes
 
     def call_each(self, tasks: Sequence[Call]) -> Iterator[Any]:
         self._is_busy, self._task = True, tasks[0]
@@ -152,7 +157,7 @@ class _Child(Channel):
             self.send([(task.function, task.arguments, task.memory_bytes + _ROOM_BYTES) for task in tasks])
             for number, self._task in enumerate(tasks, start=1):
                 self._deadline_s = time.monotonic() + self._task.timeout_s
-                result = self.receive()
+                result, self._held_bytes = self.receive()
                 self._is_busy = number < len(tasks)
                 yield result
         except Killed:
@@ -179,6 +184,14 @@ class _Child(Channel):
                 raise Killed(Status.UNSUPPORTED, f"ended: it took more than {limit}")
             if time.monotonic() > self._deadline_s:
                 raise Killed(Status.TIMEOUT, f"ended: no answer after {self._task.timeout_s:.3g} s")
+
+
+def allocated_bytes(process: int) -> int:
+    """Resident memory of a process without shared pages."""
+    with contextlib.suppress(OSError), open(f"/proc/{process}/statm") as file:  # noqa: PTH123
+        _, resident, shared, *_ = map(int, file.read().split())
+        return (resident - shared) * _PAGE_BYTES
+    return 0
 
 
 # A child decodes on one thread, so that so many of them use so many cores.
@@ -208,7 +221,7 @@ def _serve(connection_fd: int, memory_fd: int, board_fd: int, lifeline_fd: int, 
     with waiting.told(waiting.Board(board_fd).write), contextlib.suppress(EOFError, ConnectionError):
         while True:
             for task in channel.receive():
-                channel.send(_answer(*task))
+                channel.send((_answer(*task), _held_bytes))
 
 
 def _answer(function: Callable[..., Any], arguments: tuple[Any, ...], data_bytes: int) -> Any:
