@@ -32,7 +32,7 @@ from pipelines.probe import open_video
 from pipelines.view import View
 
 # Processes that decode with one GPU.
-SLOTS_PER_GPU = 8
+SLOTS_PER_GPU = 6
 # Of those that FFmpeg decodes with NVDEC bit by bit as without (MPEG-1, 2 and 4 differ), and where chroma lies.
 _CHROMA_SHIFTS = {"h264": 0.25, "hevc": 0.25, "vp9": 0.0}
 _PIXELS = "nv12"
