@@ -285,8 +285,8 @@ def _decode_pyav(source: Source, spans: Sequence[tuple[float, float]], view: Vie
 def _decode_nvdec(source: Source, spans: Sequence[tuple[float, float]], view: View) -> list[Outcome]:
     try:
         return _decode_av(source, spans, view, nvdec.hardware(), NVDEC)
-    except nvdec.Unfit as unfit:
-        raise DecoderUnfit(str(unfit)) from unfit
+    except (nvdec.Unfit, DecodeFailure, MemoryError) as error:  # a CPU may do better, and knows better why not
+        raise DecoderUnfit(str(error)) from error
 
 
 def _decode_av(
@@ -463,4 +463,4 @@ def chain_of(source: Source, choice: DecoderChoice = "cpu") -> list[str]:
     names = list(DECODERS)
     if source.container in _DECORD_CONTAINERS and source.codec in CODECS:
         names.reverse()
-    return [NVDEC, *names] if choice == "nvdec" or (choice == "auto" and nvdec.may_decode()) else names
+    return [NVDEC, *names] if choice == "nvdec" or (choice == "auto" and nvdec.is_ready()) else names

@@ -13,6 +13,7 @@ import ctypes
 import fcntl
 import itertools
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +28,7 @@ from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from pipelines.child import allocated_bytes, hold
+from pipelines.child import Call
 from pipelines.probe import open_video
 from pipelines.view import View
 
@@ -68,6 +69,12 @@ class Slot:
         """Note that it could be used."""
         if self._descriptor is not None:
             os.ftruncate(self._descriptor, 0)
+
+    def close(self) -> None:
+        """Give it back."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def num_gpus() -> int:
@@ -121,8 +128,7 @@ class Hardware:
             DecodeFailure: As `open_video`.
             Unfit: Not a kind of video, or not a host, for it.
         """
-        if not self._kept:
-            self._start()
+        self.start()
         container, stream = open_video(path, self._accel)
         context = stream.codec_context
         reason = ""
@@ -158,10 +164,15 @@ class Hardware:
         """For a video of a codec."""
         return GpuPainter(view, codec)
 
-    def _start(self) -> None:
-        """Load what stays from file to file: the driver's libraries, a context, torch."""
+    def start(self) -> None:
+        """Load what stays from file to file: the driver's libraries, a context, torch.
+
+        Raises:
+            Unfit: There is no driver, or no memory left on the GPU.
+        """
+        if self._kept:
+            return
         self.slot.strike()
-        before_bytes = allocated_bytes(os.getpid())
         try:
             self._kept.append(ctypes.CDLL("libnvcuvid.so.1"))
             self._kept.append(self._accel.create(av.Codec("h264", "r")))
@@ -174,7 +185,6 @@ class Hardware:
 
         planes = (torch.zeros(shape, dtype=torch.uint8, device=f"cuda:{self.slot.gpu}") for shape in _ANY_PLANES)
         scaled_rgb(*planes, (32, 32), Colours(1, 1, 0.0)).cpu()
-        hold(allocated_bytes(os.getpid()) - before_bytes)
 
 
 def is_gray(extradata: bytes) -> bool:
@@ -183,15 +193,18 @@ def is_gray(extradata: bytes) -> bool:
     Args:
         extradata: Of the stream: parameter sets as in MP4, or with start codes.
     """
-    start = 8 if extradata[:1] == b"\1" else extradata.find(b"\0\0\1\x67") + 3
-    profile = extradata[start + 1 : start + 2]
-    if start < 3 or profile not in _WITH_CHROMA_FORMAT:
+    if extradata[:1] == b"\1":
+        parameters = extradata[8:]
+    elif found := re.search(rb"\0\0\1(?=[\x27\x47\x67])", extradata):
+        parameters = extradata[found.end() :]
+    else:
         return False
-    bits = "".join(f"{byte:08b}" for byte in extradata[start + 4 : start + 12])
-    for _ in range(2):  # two numbers of Exp-Golomb: the set's own, and the format of chroma
-        zeros = bits.find("1")
-        number, bits = int(bits[zeros : 2 * zeros + 1], 2) - 1, bits[2 * zeros + 1 :]
-    return number == 0
+    if parameters[1:2] not in _WITH_CHROMA_FORMAT:
+        return False
+    bits = "".join(f"{byte:08b}" for byte in parameters[4:16])
+    # Two numbers of Exp-Golomb: the set's own, and the format of chroma. The latter is 0 in one bit.
+    number = re.match(r"(0*)1", bits)
+    return number is not None and bits[number.end() + len(number[1]) :].startswith("1")
 
 
 class GpuPainter:
@@ -243,27 +256,41 @@ class GpuPainter:
         self._waiting.clear()
 
 
-_mine: Hardware | None = None
+_mine: Hardware | None = None  # of this process, as long as it lives
 
 
-def may_decode() -> bool:
-    """Whether this process has a slot, or can take one."""
+def prepare() -> bool:
+    """Take a slot, if one is free, and start what it gives; returns whether this process can decode with a GPU now."""
     global _mine
     if _mine is None and (slot := free_slot()):
-        _mine = Hardware(slot)
+        mine = Hardware(slot)
+        try:
+            mine.start()
+        except Exception:  # no driver, a GPU without memory: CPUs decode, and `hardware` tells why
+            slot.close()
+        else:
+            _mine = mine
+    return _mine is not None
+
+
+# A process does this before its first file, so that no file's limits count it.
+PREPARATION = Call(prepare, (), 120.0, 4 << 30)
+
+
+def is_ready() -> bool:
+    """Whether this process can decode with a GPU."""
     return _mine is not None
 
 
 def hardware() -> Hardware:
-    """This process's NVDEC, with a slot or beyond them.
+    """This process's NVDEC, if need be one beyond the slots.
 
     Raises:
         Unfit: There is no GPU.
     """
     global _mine
-    if not may_decode():
+    if _mine is None:
         if not num_gpus():
             raise Unfit("no GPU here")
         _mine = Hardware(Slot(os.getpid() % num_gpus(), None))
-    assert _mine is not None
     return _mine

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from mone.config import ModelConfig
+from pipelines import nvdec
 from pipelines.decode import DecoderChoice
 from pipelines.failure import DecodeFailure
 from pipelines.limits import DEFAULT_LIMITS, Limits
@@ -41,8 +42,9 @@ def tokenize_table(
     """
     clips = [PlannedClip(**row) for row in manifest.to_pylist()]
     decode = functools.partial(decode_patches, config, options, decoder)
+    first = None if decoder == "cpu" else nvdec.PREPARATION
     rows, patches, kept = [], [], []
-    for same_video, decoded in decode_videos(clips, view_of(config, options.views), limits, decode):
+    for same_video, decoded in decode_videos(clips, view_of(config, options.views), limits, decode, first):
         decode_ms = decoded.decode_s * 1e3 / len(same_video)
         for clip, outcome in zip(same_video, decoded.outcomes, strict=True):
             rows.append(_row(clip, outcome) | {"decode_ms": decode_ms})

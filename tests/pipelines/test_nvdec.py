@@ -1,0 +1,147 @@
+"""Who may decode with a GPU, which files are not for it, and what becomes of them; none of this needs a GPU."""
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pytest
+import torch
+
+from pipelines import nvdec
+from pipelines.decode import DECODERS, Clip, DecoderChoice, chain_of, decode_clips
+from pipelines.nvdec import Hardware, Slot, Unfit, free_slot, is_gray, num_gpus
+from pipelines.probe import open_video
+from pipelines.tokenize import tokenize_table
+from tests.media import indexed_frames, write_video
+from tests.pipelines.test_decode import source, view
+from tests.pipelines.test_tokenize import CONFIG, clips, manifest
+
+__all__ = ["clips"]  # a fixture
+
+
+@pytest.fixture(autouse=True)
+def _two_gpus(monkeypatch, tmp_path):
+    """Seen, but not there; and slots of this test's own."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr(nvdec, "_mine", None)
+
+
+@pytest.mark.parametrize("visible, count", [("", 0), ("-1", 0), ("3", 1), ("0,2,5", 3), ("GPU-1a2b,GPU-3c4d", 2)])
+def test_gpus_are_those_that_may_be_seen(monkeypatch, visible, count):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert num_gpus() == count
+
+
+def test_slots_are_taken_from_all_gpus_in_turn_until_none_is_left(tmp_path):
+    taken = [free_slot(tmp_path / "slots", per_gpu=2) for _ in range(5)]
+    assert [slot and slot.gpu for slot in taken] == [0, 1, 0, 1, None]
+
+
+def test_a_killed_process_leaves_its_slot(tmp_path):
+    script = (
+        "from pipelines.nvdec import free_slot; print(free_slot(None, 1) and free_slot(None, 1), flush=True); input()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout and "Slot" in process.stdout.readline()
+    assert free_slot(None, per_gpu=1) is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert isinstance(free_slot(None, per_gpu=1), Slot)
+
+
+def test_a_slot_of_which_nothing_comes_is_left_alone_for_a_while(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    folder = tmp_path / "slots"
+    for _ in range(3):
+        slot = free_slot(folder, per_gpu=1)
+        assert slot
+        slot.strike()
+        slot.close()
+    assert free_slot(folder, per_gpu=1) is None
+    (file,) = folder.iterdir()
+    os.utime(file, (0, 0))
+    slot = free_slot(folder, per_gpu=1)
+    assert slot
+    slot.clear()
+    slot.close()
+    assert free_slot(folder, per_gpu=1)
+
+
+def test_nvdec_comes_first_in_a_process_that_is_ready(tmp_path, monkeypatch):
+    video = source(write_video(tmp_path / "a.mp4", indexed_frames(2)))
+    on_cpus = chain_of(video)
+    assert sorted(on_cpus) == sorted(DECODERS)
+    assert chain_of(video, "auto") == on_cpus
+    assert chain_of(video, "nvdec") == ["nvdec", *on_cpus]
+    monkeypatch.setattr(nvdec, "_mine", Hardware(Slot(0, None)))
+    assert chain_of(video, "auto") == ["nvdec", *on_cpus]
+    assert chain_of(video, "cpu") == on_cpus
+
+
+def tokenized(table: pa.Table, decoder: DecoderChoice) -> pa.Table:
+    """By a new process, which sees the environment as it is now."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(tokenize_table, table, CONFIG, decoder=decoder).result()
+
+
+def test_without_a_gpu_rows_say_so_where_one_was_asked_for(clips, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    on_cpus, asked = (tokenized(manifest(*clips), choice) for choice in ("cpu", "nvdec"))
+    for row, same in zip(asked.to_pylist(), on_cpus.to_pylist(), strict=True):
+        assert (row["status"], row["decoder"], row["patches"]) == (same["status"], same["decoder"], same["patches"])
+        assert row["note"].startswith("nvdec: no GPU here") == (row["status"] == "ok")
+    alike = tokenized(manifest(*clips), "auto")
+    assert alike.drop_columns(["decode_ms"]) == on_cpus.drop_columns(["decode_ms"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+def test_without_a_driver_cpus_decode_and_slots_are_given_back(tmp_path):
+    assert not nvdec.prepare() and isinstance(free_slot(None, per_gpu=1), Slot)
+    video = source(write_video(tmp_path / "a.mp4", indexed_frames(10), codec="libx264", pix_fmt="yuv420p"))
+    assert chain_of(video, "auto") == chain_of(video)
+    (clip,) = decode_clips(video, [(0.0, 1.0)], view(), chain_of(video, "nvdec"))
+    assert isinstance(clip, Clip) and clip.decoder == "pyav"
+    assert clip.note.startswith("nvdec: no NVDEC here: ")
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.avi"])
+@pytest.mark.parametrize("pix_fmt", ["gray", "yuv420p", "yuv444p"])
+def test_gray_is_told_from_the_parameter_sets(tmp_path, name, pix_fmt):
+    path = write_video(tmp_path / name, indexed_frames(4), codec="libx264", pix_fmt=pix_fmt)
+    container, stream = open_video(str(path))
+    with container:
+        assert is_gray(stream.codec_context.extradata or b"") == (pix_fmt == "gray")
+
+
+def test_nothing_is_gray_without_parameter_sets():
+    assert not is_gray(b"") and not is_gray(b"\1\x64") and not is_gray(b"\0\0\1\x67")
+    assert not is_gray(b"\1\x64\0\x15\xff\xe1\0\x1b\x67\x64\0\x15")
+
+
+@pytest.mark.parametrize(
+    "codec, pix_fmt, size, reason",
+    [
+        ("mpeg4", "yuv420p", (64, 64), "mpeg4 is left to CPUs"),
+        ("libx264", "gray", (64, 64), "gray is left to CPUs"),
+        ("libx264", "yuv444p", (65, 64), "odd sizes are left to CPUs, this one is 65x64"),
+    ],
+)
+def test_what_nvdec_shows_otherwise_is_left_to_cpus(tmp_path, monkeypatch, codec, pix_fmt, size, reason):
+    path = write_video(tmp_path / "a.mp4", indexed_frames(4, *size), codec=codec, pix_fmt=pix_fmt)
+    hardware = Hardware(Slot(0, None))
+    monkeypatch.setattr(hardware, "start", lambda: None)
+    monkeypatch.setattr(nvdec, "open_video", lambda path, _: open_video(path))
+    with pytest.raises(Unfit, match=f"^{reason}$"):
+        hardware.open(str(path))
+
+
+def test_frames_that_ffmpeg_decoded_on_the_cpu_are_not_taken(tmp_path):
+    path = write_video(tmp_path / "a.mp4", indexed_frames(4), codec="libx264", pix_fmt="yuv420p")
+    container, stream = open_video(str(path))
+    with container, pytest.raises(Unfit, match="yuv420p of 64x64 is left to CPUs"):
+        next(Hardware(Slot(0, None)).frames(stream, container.decode(stream)))
