@@ -195,7 +195,7 @@ def is_gray(extradata: bytes) -> bool:
     """
     if extradata[:1] == b"\1":
         parameters = extradata[8:]
-    elif found := re.search(rb"\0\0\1(?=[\x27\x47\x67])", extradata):
+    elif found := re.search(rb"\x00\x00\x01(?=[\x27\x47\x67])", extradata):
         parameters = extradata[found.end() :]
     else:
         return False
