@@ -137,7 +137,7 @@ def decode_clips(
     reasons: list[str] = []
     for name in decoders or chain_of(source):
         try:
-            outcomes = (_decode_nvdec if name == NVDEC else DECODERS[name])(source, spans, view)
+            outcomes = decoder_of(name)(source, spans, view)
         except DecoderUnfit as unfit:
             reasons.append(f"{name}: {unfit}")
         except DecodeFailure as failure:
@@ -453,6 +453,12 @@ def _decord_reason(error: BaseException) -> str:
 # On CPUs.
 DECODERS: dict[str, Decoder] = {"decord": _decode_decord, "pyav": _decode_pyav}
 NVDEC = "nvdec"
+
+
+def decoder_of(name: str) -> Decoder:
+    """A decoder by its name."""
+    return _decode_nvdec if name == NVDEC else DECODERS[name]
+
 
 # "auto": a GPU decodes beside CPUs, where there is one. "nvdec": it decodes what it can, CPUs the rest.
 DecoderChoice = Literal["auto", "cpu", "nvdec"]

@@ -172,6 +172,8 @@ class Hardware:
         """
         if self._kept:
             return
+        if not hasattr(VideoFrame, "sw_format"):
+            raise Unfit("PyAV 18 or later is needed")
         self.slot.strike()
         try:
             self._kept.append(ctypes.CDLL("libnvcuvid.so.1"))
