@@ -41,7 +41,6 @@ _PIXELS = "nv12"
 _WITH_CHROMA_FORMAT = tuple(bytes([number]) for number in (100, 110, 122, 244, 44))
 # Frames that wait on the GPU until they are scaled together.
 _BATCH_FRAMES, _BATCH_BYTES = 32, 16 << 20
-_ANY_PLANES = ((1, 64, 64), (1, 32, 32, 2))
 # Where so many processes in turn have not come as far as one frame, a slot is left alone for a while.
 _MOST_STRIKES, _REST_S = 3, 600.0
 
@@ -185,8 +184,8 @@ class Hardware:
 
         from pipelines.scaling import Colours, scaled_rgb
 
-        planes = (torch.zeros(shape, dtype=torch.uint8, device=f"cuda:{self.slot.gpu}") for shape in _ANY_PLANES)
-        scaled_rgb(*planes, (32, 32), Colours(1, 1, 0.0)).cpu()
+        some = torch.zeros(1, 64, 64, 2, dtype=torch.uint8, device=f"cuda:{self.slot.gpu}")
+        scaled_rgb(some[..., 0], some[:, :32, :32], (32, 32), Colours(1, 1, 0.0)).cpu()
 
 
 def is_gray(extradata: bytes) -> bool:
@@ -244,17 +243,19 @@ class GpuPainter:
 
         width_px, height_px, rotation_deg, matrix, range_ = self._kind
         turns = rotation_deg // 90
-        upright = (width_px, height_px) if turns % 2 == 0 else (height_px, width_px)
-        scaled_px = self.view.scaled_size(*upright)
-        size = scaled_px if turns % 2 == 0 else scaled_px[::-1]
+        if turns % 2:
+            height_px, width_px = self.view.scaled_size(height_px, width_px)
+        else:
+            width_px, height_px = self.view.scaled_size(width_px, height_px)
         planes = [[from_dlpack(plane.__dlpack__()) for plane in frame.planes] for frame in self._waiting]
         luma_Bhw, chroma_Bhw2 = (torch.stack(of_all) for of_all in zip(*planes, strict=True))
-        rgb_BHW3 = scaled_rgb(luma_Bhw, chroma_Bhw2, size, Colours(matrix, range_, self._shift))
-        rgb_BHW3 = torch.rot90(rgb_BHW3, turns, dims=(1, 2))
-        if self.view.crops == 1:
-            rgb_BHW3 = self.view.crop(rgb_BHW3).contiguous()  # pyright: ignore[reportArgumentType]
-        frames_BHW3 = rgb_BHW3.cpu().numpy()
-        self._pictures += list(frames_BHW3 if self.view.crops == 1 else self.view.crop(frames_BHW3))
+        rgb: Any = scaled_rgb(luma_Bhw, chroma_Bhw2, (width_px, height_px), Colours(matrix, range_, self._shift))
+        rgb = torch.rot90(rgb, turns, dims=(1, 2))
+        if self.view.crops == 1:  # less to bring to the host
+            cropped: Any = self.view.crop(rgb)
+            self._pictures += list(cropped.contiguous().cpu().numpy())
+        else:
+            self._pictures += list(self.view.crop(rgb.cpu().numpy()))
         self._waiting.clear()
 
 

@@ -16,6 +16,7 @@ import ray.data
 
 from mone.checkpoint import Checkpoint
 from mone.config import ModelConfig
+from pipelines import nvdec
 from pipelines.annotate import model_stage
 from pipelines.decode import Clip, DecoderChoice, Source, chain_of, decode_clips
 from pipelines.ingest import tokenize_stage
@@ -162,13 +163,14 @@ class Decoders:
         """Start them."""
         self._choice: DecoderChoice = choice
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        self._pool: Pool = multiprocessing.get_context("spawn").Pool(count)
+        start = None if choice == "cpu" else nvdec.prepare
+        self._pool: Pool = multiprocessing.get_context("spawn").Pool(count, start)
         self._pool.map(_warm_up, range(count), chunksize=1)
 
     def decode(self, clips: Sequence[PlannedClip], config: ModelConfig) -> Done:
         """Decode all clips; a process that has done its part takes the next."""
         view, frames, failed = view_of(config), Counter(), 0
-        work = [(source, ids, spans, view, self._choice) for source, ids, spans in _requests(clips)]
+        work: list[_Work] = [(source, ids, spans, view, self._choice) for source, ids, spans in _requests(clips)]
         for shown in self._pool.imap_unordered(_decode, work, chunksize=1):
             frames.update(shown)
             failed += sum(count == 0 for count in shown.values())
@@ -188,7 +190,10 @@ def _requests(clips: Sequence[PlannedClip]) -> Iterator[tuple[Source, list[str],
             yield source_of(of_video[0]), ids, spans
 
 
-def _decode(work: tuple[Source, list[str], list[tuple[float, float]], View, DecoderChoice]) -> dict[str, int]:
+_Work = tuple[Source, list[str], list[tuple[float, float]], View, DecoderChoice]
+
+
+def _decode(work: _Work) -> dict[str, int]:
     source, ids, spans, view, choice = work
     outcomes = decode_clips(source, spans, view, chain_of(source, choice))
     return {

@@ -6,17 +6,21 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from pipelines import nvdec
+from pipelines import decode, nvdec
 from pipelines.decode import DECODERS, Clip, DecoderChoice, chain_of, decode_clips
-from pipelines.nvdec import Hardware, Slot, Unfit, free_slot, is_gray, num_gpus
+from pipelines.failure import DecodeFailure
+from pipelines.nvdec import GpuPainter, Hardware, Slot, Unfit, free_slot, is_gray, num_gpus
 from pipelines.probe import open_video
 from pipelines.tokenize import tokenize_table
+from pipelines.view import View
 from tests.media import indexed_frames, write_video
 from tests.pipelines.test_decode import source, view
+from tests.pipelines.test_scaling import MOST, MOST_MEAN
 from tests.pipelines.test_tokenize import CONFIG, clips, manifest
 
 __all__ = ["clips"]  # a fixture
@@ -145,3 +149,48 @@ def test_frames_that_ffmpeg_decoded_on_the_cpu_are_not_taken(tmp_path):
     container, stream = open_video(str(path))
     with container, pytest.raises(Unfit, match="yuv420p of 64x64 is left to CPUs"):
         next(Hardware(Slot(0, None)).frames(stream, container.decode(stream)))
+
+
+class OnCpu:
+    """Frames in the format of NVDEC's, in this machine's memory: what is done with them is the same."""
+
+    def open(self, path):
+        return open_video(path)
+
+    def frames(self, stream, frames):
+        for frame in frames:
+            same = frame.reformat(format="nv12")
+            same.pts, same.time_base, same.duration = frame.pts, frame.time_base, frame.duration
+            yield same
+
+    def painter(self, view, codec):
+        return GpuPainter(view, codec)
+
+
+@pytest.mark.parametrize("rotation_deg, crops", [(0, 1), (90, 1), (180, 3), (270, 3)])
+def test_pictures_that_are_made_together_are_those_of_pyav(tmp_path, monkeypatch, rotation_deg, crops):
+    """At a variable rate, with instants past the end, spans that overlap, and more frames than are made at once."""
+    monkeypatch.setattr(nvdec, "_BATCH_FRAMES", 5)
+    times_ms = np.cumsum(np.random.default_rng(0).integers(20, 90, 60)).tolist()
+    options = {"crf": "10", "g": "12", "bf": "2"}
+    path = write_video(
+        tmp_path / "a.mp4",
+        indexed_frames(60, 160, 90),
+        times_ms=times_ms,
+        codec="libx264",
+        pix_fmt="yuv420p",
+        options=options,
+        rotation_deg=rotation_deg,
+    )
+    spans, wanted = (
+        [(0.0, 1.0), (0.5, 1.2), (2.0, 2.01), (2.5, 9.0), (90.0, 91.0)],
+        View(num_frames=7, width_px=64, height_px=64, crops=crops),
+    )
+    ours = decode._decode_av(source(path), spans, wanted, OnCpu(), "nvdec")
+    theirs = decode._decode_av(source(path), spans, wanted, decode._Cpu(), "pyav")
+    for one, other in zip(ours[:-1], theirs[:-1], strict=True):
+        assert isinstance(one, Clip) and isinstance(other, Clip)
+        assert (one.decoder, one.note, one.repeated_share) == ("nvdec", other.note, other.repeated_share)
+        differences = np.abs(one.frames_THWC.astype(int) - other.frames_THWC)
+        assert differences.mean(axis=(1, 2, 3)).max() <= MOST_MEAN and differences.max() <= MOST
+    assert isinstance(ours[-1], DecodeFailure) and str(ours[-1]) == str(theirs[-1])
