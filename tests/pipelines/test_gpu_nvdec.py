@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -54,13 +55,11 @@ def agree(path, spans, wanted: View) -> list[Clip]:
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
-@pytest.mark.parametrize(
-    "wanted", [View(num_frames=8, width_px=112, height_px=112), View(num_frames=5, width_px=240, height_px=240)]
-)
-def test_frames_are_those_of_pyav(tmp_path, name, wanted):
+@pytest.mark.parametrize("view_px", [112, 240])
+def test_frames_are_those_of_pyav(tmp_path, name, view_px):
     path = write_video(tmp_path / name, indexed_frames(34, *SIZE), options=OPTIONS, **LOSSY)
-    clips = agree(path, SPANS, wanted)
-    assert [read_index(frame) for frame in clips[0].frames_THWC][0] == 0
+    clips = agree(path, SPANS, View(num_frames=5, width_px=view_px, height_px=view_px))
+    assert [read_index(frame) for frame in clips[0].frames_THWC] == [1, 3, 5, 7, 9]
 
 
 def test_frames_of_a_variable_rate_and_a_late_start(tmp_path):
@@ -80,9 +79,8 @@ def test_frames_are_upright_in_every_window(tmp_path, rotation_deg, crops):
 
 @pytest.mark.parametrize("codec, name", [("libx265", "a.mp4"), ("libvpx-vp9", "a.webm")])
 def test_other_codecs(tmp_path, codec, name):
-    path = write_video(
-        tmp_path / name, indexed_frames(20, *SIZE), codec=codec, pix_fmt="yuv420p", options={"crf": "10"}
-    )
+    options = {"crf": "10"}
+    path = write_video(tmp_path / name, indexed_frames(20, *SIZE), codec=codec, pix_fmt="yuv420p", options=options)
     agree(path, [(0.0, 1.0), (1.0, 2.0)], View(num_frames=8, width_px=112, height_px=112))
 
 
@@ -97,7 +95,7 @@ def test_colours_are_those_that_the_file_names(tmp_path, matrix, full):
 @pytest.mark.parametrize(
     "codec, pix_fmt, size, reason",
     [
-        ("libx264", "yuv420p10le", SIZE, "yuv420p10le of 320x240 is left to CPUs"),
+        ("libx264", "yuv420p10le", SIZE, "(yuv420p10le|p010le) of 320x240 is left to CPUs"),
         ("libx264", "yuv444p", SIZE, "yuv444p of 320x240 is left to CPUs"),
         ("libx265", "yuv420p10le", SIZE, "p010le of 320x240 is left to CPUs"),
         ("libx264", "yuv420p", (32, 32), "yuv420p of 32x32 is left to CPUs"),
@@ -110,7 +108,7 @@ def test_what_it_cannot_do_cpus_do_and_the_reason_is_told(tmp_path, codec, pix_f
     video = source(path)
     (clip,) = decode_clips(video, [(0.0, 1.0)], View(num_frames=8, width_px=32, height_px=32), chain_of(video, "nvdec"))
     assert isinstance(clip, Clip) and clip.decoder in ("pyav", "decord")
-    assert clip.note.startswith(f"nvdec: {reason}")
+    assert re.match(f"nvdec: {reason}", clip.note)
 
 
 def planned(tmp_path, count: int) -> pa.Table:
@@ -122,9 +120,8 @@ def planned(tmp_path, count: int) -> pa.Table:
     return pa.Table.from_pylist([dataclasses.asdict(clip) for clip in clips], schema=MANIFEST)
 
 
-def test_processes_beyond_the_slots_decode_on_cpus_and_a_killed_one_leaves_no_trace(tmp_path, monkeypatch):
-    monkeypatch.setattr(nvdec, "SLOTS_PER_GPU", 1)  # of this process; its children have as many as there are
-    taken = [nvdec.free_slot(None) for _ in range(1, 6 * nvdec.num_gpus())]
+def test_processes_beyond_the_slots_decode_on_cpus_and_a_killed_one_leaves_no_trace(tmp_path):
+    taken = [nvdec.free_slot() for _ in range(1, nvdec.SLOTS_PER_GPU * nvdec.num_gpus())]  # all but one
     table, used = planned(tmp_path, 2), gpu_bytes()
     with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
         with_gpu = first.submit(tokenize_table, table, CONFIG, decoder="auto").result()
