@@ -27,8 +27,8 @@ from mone.engine.choice import Engine
 from pipelines.annotate import Settings, write_annotations
 from pipelines.archive import ArchiveError
 from pipelines.commit import ANNOTATIONS_DIR
-from pipelines.decode import DecoderChoice
 from pipelines.ledger import Totals, totals
+from pipelines.limits import DecoderChoice
 from pipelines.metrics import RunMetrics
 from pipelines.planning import MANIFEST_DIR, write_manifest
 from pipelines.retry import undo_failed

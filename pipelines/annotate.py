@@ -10,9 +10,8 @@ from ray.data import ActorPoolStrategy, Dataset
 from mone.checkpoint import Checkpoint
 from mone.engine.choice import Engine
 from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, withdraw, write_remaining
-from pipelines.decode import DecoderChoice
 from pipelines.ingest import read_manifest, tokenize_stage
-from pipelines.limits import DEFAULT_LIMITS, Limits
+from pipelines.limits import DEFAULT_LIMITS, DecoderChoice, Limits
 from pipelines.metrics import RunMetrics
 from pipelines.placement import ANY_DEVICE, Placement, Wanted, nodes_up, place
 from pipelines.planning import MANIFEST_DIR

@@ -17,7 +17,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 import av.error
 import numpy as np
@@ -28,6 +28,7 @@ from av.video.stream import VideoStream
 
 from pipelines import nvdec
 from pipelines.failure import DecodeFailure
+from pipelines.limits import DecoderChoice
 from pipelines.needed import CODECS, NotSure, can_skip, needed_frames
 from pipelines.probe import Damage, decode_frames, first_pts, open_video, tick_s
 from pipelines.schema import Status
@@ -458,10 +459,6 @@ NVDEC = "nvdec"
 def decoder_of(name: str) -> Decoder:
     """A decoder by its name."""
     return _decode_nvdec if name == NVDEC else DECODERS[name]
-
-
-# "auto": a GPU decodes beside CPUs, where there is one. "nvdec": it decodes what it can, CPUs the rest.
-DecoderChoice = Literal["auto", "cpu", "nvdec"]
 
 
 def chain_of(source: Source, choice: DecoderChoice = "cpu") -> list[str]:

@@ -14,8 +14,7 @@ import ray
 from ray.data import Dataset, TaskPoolStrategy
 
 from mone.config import ModelConfig
-from pipelines.decode import DecoderChoice
-from pipelines.limits import DEFAULT_LIMITS, Limits
+from pipelines.limits import DEFAULT_LIMITS, DecoderChoice, Limits
 from pipelines.manifest import plan_video
 from pipelines.metrics import SILENT, RunMetrics
 from pipelines.nvdec import SLOTS_PER_GPU

@@ -8,8 +8,9 @@ import numpy as np
 from mone.config import ModelConfig
 from mone.static import kept_patches
 from mone.tubelets import to_patches
-from pipelines.decode import Clip, DecoderChoice, Served, Source, chain_of, decode_clips
+from pipelines.decode import Clip, Served, Source, chain_of, decode_clips
 from pipelines.failure import DecodeFailure
+from pipelines.limits import DecoderChoice
 from pipelines.view import TokenOptions, View
 
 

@@ -10,9 +10,8 @@ import pyarrow as pa
 
 from mone.config import ModelConfig
 from pipelines import nvdec
-from pipelines.decode import DecoderChoice
 from pipelines.failure import DecodeFailure
-from pipelines.limits import DEFAULT_LIMITS, Limits
+from pipelines.limits import DEFAULT_LIMITS, DecoderChoice, Limits
 from pipelines.manifest import decode_videos
 from pipelines.patches import Patches, decode_patches, view_of
 from pipelines.schema import DECODED, PlannedClip

@@ -20,8 +20,7 @@ from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from mone.config import preset
 from mone.model import ViViT
-from pipelines.decode import DecoderChoice
-from pipelines.nvdec import SLOTS_PER_GPU, num_gpus
+from pipelines.limits import DecoderChoice
 
 if TYPE_CHECKING:
     from jobs.benchmarks.sides import Done
@@ -82,7 +81,7 @@ class AnnotateSpeed:
             }
             with connected(""):
                 rows = [
-                    self._row(case, checkpoint, way, limits[number, way], rates)
+                    self._row(case, checkpoint, way, limits[number, way], rates, device)
                     for number, case in enumerate(cases)
                     for way in self.decoder
                 ]
@@ -129,13 +128,19 @@ class AnnotateSpeed:
                 yield Case(f"{height_px}p", sampling, planned(paths, plan, folder))
 
     def _row(
-        self, case: Case, checkpoint: Checkpoint, way: DecoderChoice, limit: float, rates: tuple[float, float]
+        self,
+        case: Case,
+        checkpoint: Checkpoint,
+        way: DecoderChoice,
+        limit: float,
+        rates: tuple[float, float],
+        device: torch.device,
     ) -> dict[str, Any]:
         from jobs.benchmarks import sides
         from jobs.benchmarks.watch import gpu_watched
         from pipelines.placement import Wanted, nodes_up, place
 
-        placement = place(Wanted(device="cuda" if self._checked().type == "cuda" else "cpu"), nodes_up())
+        placement = place(Wanted(device="cuda" if device.type == "cuda" else "cpu"), nodes_up())
         half, whole = (
             functools.partial(
                 sides.annotated,
@@ -188,6 +193,7 @@ class AnnotateSpeed:
 def _limit(case: Case, checkpoint: Checkpoint, way: DecoderChoice) -> float:
     """Clips a second of processes that decode and drop."""
     from jobs.benchmarks.sides import Decoders
+    from pipelines.nvdec import SLOTS_PER_GPU, num_gpus
 
     slots = SLOTS_PER_GPU * num_gpus()
     count = {"cpu": os.cpu_count() or 1, "nvdec": max(1, slots), "auto": (os.cpu_count() or 1) + slots}[way]

@@ -18,8 +18,9 @@ from mone.checkpoint import Checkpoint
 from mone.config import ModelConfig
 from pipelines import nvdec
 from pipelines.annotate import model_stage
-from pipelines.decode import Clip, DecoderChoice, Source, chain_of, decode_clips
+from pipelines.decode import Clip, Source, chain_of, decode_clips
 from pipelines.ingest import tokenize_stage
+from pipelines.limits import DecoderChoice
 from pipelines.manifest import by_video, source_of
 from pipelines.patches import view_of
 from pipelines.placement import Placement

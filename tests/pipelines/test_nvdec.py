@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from pipelines import decode, nvdec
-from pipelines.decode import DECODERS, Clip, DecoderChoice, chain_of, decode_clips
+from pipelines.decode import DECODERS, Clip, chain_of, decode_clips
 from pipelines.failure import DecodeFailure
+from pipelines.limits import DecoderChoice
 from pipelines.nvdec import GpuPainter, Hardware, Slot, Unfit, free_slot, is_gray, num_gpus
 from pipelines.probe import open_video
 from pipelines.tokenize import tokenize_table
