@@ -53,6 +53,10 @@ DECODE_CPUS = 0.5
 DECODE_MEMORY_BYTES = DEFAULT_LIMITS.memory_bytes
 
 
+# Clips for which "auto" has processes start to use a GPU, for some seconds each, in which cores do some hundred.
+FEWEST_CLIPS_FOR_GPU = 500
+
+
 def read_manifest(folder: Path) -> Dataset:
     """MANIFEST rows, a task for each file.
 
@@ -100,6 +104,7 @@ def tokenize_stage(
     A GPU that decodes is no resource of Ray's: a task that gets one of the host's few slots for it decodes there, the
     others on their CPUs, so that whoever is faster takes more (`pipelines.nvdec`).
     """
+    decoder = worth_starting(decoder, num_clips)
     return manifest.repartition(target_num_rows_per_block=clips_per_task(num_clips)).map_batches(
         functools.partial(
             _tokenize,
@@ -118,6 +123,12 @@ def tokenize_stage(
         # What a limit allows beyond that is rarely needed.
         memory=task_memory(min(limits.memory_bytes, DECODE_MEMORY_BYTES), nodes_up()),
     )
+
+
+def worth_starting(decoder: DecoderChoice, num_clips: int | None) -> DecoderChoice:
+    """Who decodes so many clips: of few, CPUs are done before a GPU has started."""
+    few = num_clips is not None and num_clips < FEWEST_CLIPS_FOR_GPU
+    return "cpu" if decoder == "auto" and few else decoder
 
 
 def _pool(decoder: DecoderChoice) -> TaskPoolStrategy | None:

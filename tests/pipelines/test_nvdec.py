@@ -14,6 +14,7 @@ import torch
 from pipelines import decode, nvdec
 from pipelines.decode import DECODERS, Clip, chain_of, decode_clips
 from pipelines.failure import DecodeFailure
+from pipelines.ingest import worth_starting
 from pipelines.limits import DecoderChoice
 from pipelines.nvdec import GpuPainter, Hardware, Slot, Unfit, free_slot, is_gray, num_gpus
 from pipelines.probe import open_video
@@ -75,6 +76,12 @@ def test_a_slot_of_which_nothing_comes_is_left_alone_for_a_while(tmp_path, monke
     slot.clear()
     slot.close()
     assert free_slot(folder, per_gpu=1)
+
+
+@pytest.mark.parametrize("num_clips, chosen", [(0, "cpu"), (499, "cpu"), (500, "auto"), (None, "auto")])
+def test_few_clips_start_no_gpu_unless_it_is_asked_for(num_clips, chosen):
+    assert worth_starting("auto", num_clips) == chosen
+    assert worth_starting("nvdec", num_clips) == "nvdec" and worth_starting("cpu", num_clips) == "cpu"
 
 
 def test_nvdec_comes_first_in_a_process_that_is_ready(tmp_path, monkeypatch):
