@@ -20,7 +20,8 @@ from mone.engine.tilings import Tiling
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportPossiblyUnboundVariable=false
 
-_SMALLEST_PART = 16
+# What a product of 8 bits sums over at least.
+_SMALLEST_PART = 32
 
 
 @triton.jit

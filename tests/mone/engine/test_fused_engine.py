@@ -74,7 +74,7 @@ def test_every_tiling_says_the_same():
     expected = run_on_layout(*arguments)
     small = Tiling(32, 32, 32, 4, 1)
     narrow = ((16, small), (64, Tiling(64, 64, 64, 4, 1)))
-    cards = [default_tilings(capability, 0.4) for capability in ((9, 0), (8, 0), (8, 9))]
+    cards = [default_tilings(capability, 0.4, rows) for capability in ((9, 0), (8, 0), (8, 9)) for rows in (40, 40_000)]
     for tilings in (*cards, Tilings(*[small] * 4), Tilings(*[small] * 4, narrow=narrow)):
         first, second = (run_on_rows(blocks, Tokens(x_SND), *others, tilings=tilings) for _ in range(2))
         torch.testing.assert_close(first, expected, atol=2e-2, rtol=2e-2)
