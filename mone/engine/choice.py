@@ -16,7 +16,8 @@ from mone.engine.tokens import Tokens
 from mone.nested import Segments
 from mone.routing import LearnedRouter, RandomRouter, RoutingPlan, expert_preferred_routing
 
-Engine = Literal["auto", "triton", "fp8", "layout", "reference"]
+ExactEngine = Literal["auto", "triton", "layout", "reference"]
+Engine = Literal[ExactEngine, "fp8"]
 
 # Queries, keys and values that a processor computes at a time: glibc hands tensors of 32 MiB and more back to the
 # system as they are freed, and to get them again can cost as much as the product itself.
