@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mone.blocks import Block, Neighbours
-from mone.engine.blocks import compute_dtype, finish
+from mone.engine.blocks import finish
 from mone.engine.casts import EIGHT_BITS, factor
 from mone.engine.casts import cast as cast_weight
 from mone.engine.kernels.attention import attend_rows
@@ -32,6 +32,7 @@ from mone.engine.kernels.narrow_mlp import narrow_mlp
 from mone.engine.kernels.norm import SMALLEST_BLOCK, norm_rows
 from mone.engine.layout import from_layout
 from mone.engine.rows import Places, Run, num_rows, places_of, row_of_token, runs_of, tiles_of
+from mone.engine.support import compute_dtype
 from mone.engine.tilings import Tiling, Tilings, tilings_for
 from mone.engine.tokens import Tokens
 from mone.nested import Segments

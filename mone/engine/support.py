@@ -1,8 +1,9 @@
-"""Whether this machine has what the kernels need."""
+"""What this machine has, and in which dtype it multiplies."""
 
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 _TRITON = find_spec("triton") is not None
 
@@ -30,3 +31,9 @@ def check_engine(engine: str, device: torch.device) -> None:
         raise ValueError(
             f"--engine fp8 needs Triton and a GPU of compute capability 8.9 (L4, H100), not {name}; use --engine auto"
         )
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Of matrix products with this tensor."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype

@@ -229,8 +229,8 @@ def test_error_of_fast_gelu_is_small_against_the_rounding_of_bfloat16():
 def test_parts_hold_a_width(width):
     parts = parts_of(width)
     assert width <= sum(parts) <= max(32, triton.next_power_of_2(width))
-    assert all(part == 0 or (part >= 16 and part & (part - 1) == 0) for part in parts)
-    assert parts == {48: (32, 16), 96: (64, 32), 112: (128, 0), 128: (128, 0)}.get(width, parts)
+    assert all(part == 0 or (part >= 32 and part & (part - 1) == 0) for part in parts)
+    assert parts == {16: (32, 0), 48: (64, 0), 96: (64, 32), 112: (128, 0), 128: (128, 0)}.get(width, parts)
 
 
 @pytest.mark.parametrize("cumulative", [False, True])
