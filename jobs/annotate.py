@@ -58,7 +58,8 @@ class Annotate(TokenArguments, LimitOptions, PlacementOptions):
     batch_size: int = 0
     """Clips of a forward pass; 0 picks 64 on a GPU, 16 on a CPU."""
     engine: Engine = "auto"
-    """Code that runs the model's blocks, "reference" being the plainest; all compute the same (docs/performance.md)."""
+    """Code that runs the model's blocks, "reference" being the plainest; all compute the same but "fp8", which trades
+    some exactness for time on GPUs from L4 and H100 on (docs/performance.md)."""
     decoder: DecoderChoice = "auto"
     """auto: from 500 clips on, NVDEC beside CPUs where a node has an NVIDIA GPU, the faster taking more. cpu: CPUs
     alone, with the same bits in each run (NVDEC's differ by rounding). nvdec: NVDEC alone, CPUs only where it cannot.
@@ -92,7 +93,7 @@ def annotate(config: Annotate) -> None:
     session = Session(output, record, RunMetrics(settings.run), config.price_per_hour)
     try:
         with connected(config.address), session.measured(), waiting_shown(output):
-            placement = placed(settings.wanted)
+            placement = placed(settings.wanted, config.engine)
             session.entry |= {"device": placement.device, "model_workers": [placement.least, placement.most]}
             if not planned:
                 write_plan(output, config.archive, clip_plan)
@@ -157,9 +158,10 @@ def _open_record(output: Path, config: Annotate, checkpoint: Checkpoint) -> dict
         "top_k": config.top_k,
         "clips": [config.span, config.stride, config.clips_per_video],
         "tokens": [config.views, config.drop_static],
+        "products": "fp8" if config.engine == "fp8" else "half",
     }
     for name, value in identity.items():
-        if record and record["identity"].get(name) != value and not (config.update and name == "model_id"):
+        if record and record["identity"].get(name, value) != value and not (config.update and name == "model_id"):
             was = record["identity"].get(name)
             advice = "choose another --output" + (", or --update" if name == "model_id" else "")
             raise UserError(f"{output} was annotated with {name} {was}, not {value}; {advice}")

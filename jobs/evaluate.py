@@ -45,7 +45,8 @@ class Evaluate(TokenArguments, PlacementOptions):
     """The model as it is, or a baseline on its weights (mone/baselines.py): dense, random_router, uniform,
     proportionate, submodel, token_drop, tome."""
     engine: Engine = "auto"
-    """Code that runs the model's blocks, "reference" being the plainest; all compute the same (docs/performance.md)."""
+    """Code that runs the model's blocks, "reference" being the plainest; all compute the same but "fp8", which trades
+    some exactness for time on GPUs from L4 and H100 on (docs/performance.md)."""
     address: str = ""
     """Ray cluster; default RAY_ADDRESS, else Ray starts here."""
 
@@ -65,7 +66,7 @@ def evaluate(config: Evaluate) -> None:
         options = config.tokens(checkpoint.config)
         videos = _select(config, checkpoint)
     with connected(config.address):
-        placement = placed(wanted)
+        placement = placed(wanted, config.engine)
         scores = score_videos(videos, plan, checkpoint, capacities, options, config.engine, placement)
         scored = list(tqdm(scores, "evaluate", unit="clip", mininterval=1))
     result = _result(scored, capacities, config, checkpoint)

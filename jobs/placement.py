@@ -5,8 +5,12 @@ import re
 import sys
 from dataclasses import dataclass
 
-from jobs.cli import UserError
+import torch
+
+from jobs.cli import UserError, checking_input
 from jobs.inputs import choose_device
+from mone.engine.choice import Engine
+from mone.engine.support import check_engine
 from pipelines.placement import Device, Placement, Wanted, nodes_up, place
 
 
@@ -44,8 +48,15 @@ class PlacementOptions:
             raise UserError(f"{given}: {error}") from error
 
 
-def placed(wanted: Wanted) -> Placement:
-    """The placement on the cluster that Ray is connected to, which is said on stderr."""
+def placed(wanted: Wanted, engine: Engine) -> Placement:
+    """The placement on the cluster that Ray is connected to, which is said on stderr.
+
+    Raises:
+        UserError: The engine cannot run there.
+    """
     placement = place(wanted, nodes_up())
+    if placement.device == "cpu":
+        with checking_input():
+            check_engine(engine, torch.device("cpu"))
     print(f"model     {placement.reason}", file=sys.stderr)
     return placement

@@ -21,6 +21,7 @@ from mone.checkpoint import CONFIG_FILE
 from mone.clips import MemoryClips
 from mone.parallel import Parallel
 from mone.training import DivergedError
+from pipelines.storage.address import public_address
 from pipelines.train_loop import MODEL_DIR, LocalLink, Sources, TrainJob, train_loop
 
 
@@ -86,7 +87,7 @@ def _train_on_ray(config: Train, job: TrainJob, data: TrainingData, workers: int
 
 def _run(config: Train) -> dict[str, Any]:
     """Of a curve record, what the workers do not know."""
-    return {"data": config.data, "fold": config.split_column, "recipe": config.recipe}
+    return {"data": public_address(config.data), "fold": config.split_column, "recipe": config.recipe}
 
 
 def _clips(config: Train) -> int:

@@ -9,7 +9,7 @@ from typing import Literal
 from jobs.cli import UserError
 from jobs.inputs import choose_device
 from jobs.recipes import RECIPES
-from mone.engine.choice import Engine
+from mone.engine.choice import ExactEngine
 
 # Options that decide the model, beside recipe and method.
 DECISIVE = (
@@ -69,7 +69,7 @@ class Train:
     device: str = ""
     """"cuda", "cpu"; default the GPU where there is one. With --num-workers, "cuda" waits for GPUs that an autoscaler
     starts, where by default workers are on CPUs if no GPU is up."""
-    engine: Engine = "auto"
+    engine: ExactEngine = "auto"
     """Code that runs the model's blocks, "reference" being the plainest; all compute the same (docs/performance.md)."""
     cuda_graphs: bool = True
     """On one GPU, repeat steps from CUDA graphs: the same steps, with less work for the host."""

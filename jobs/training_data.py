@@ -84,6 +84,7 @@ def worker_sources(
     """
     if data.videos is None:
         return functools.partial(_generated, data, job, num_clips)
+    from pipelines.storage.signatures import Signatures
     from pipelines.training_sources import count_clips, fill_cache, open_sources, prepare
 
     views, manifests = _views(job), {}
@@ -95,8 +96,9 @@ def worker_sources(
         manifests[split] = str(path)
     if not count_clips(manifests["train"]):
         raise UserError("no clip of the training split can be read")
-    cached = fill_cache(manifests, views, cache, cache_bytes) if cache else {}
-    return functools.partial(open_sources, manifests, job.labels, views, cache, cached)
+    signatures = Signatures.of(video.uri for videos in data.videos.values() for video in videos)
+    cached = fill_cache(manifests, views, cache, cache_bytes, signatures) if cache else {}
+    return functools.partial(open_sources, manifests, job.labels, views, cache, cached, signatures)
 
 
 def _generated(data: TrainingData, job: TrainJob, num_clips: int) -> Sources:

@@ -144,18 +144,19 @@ class TemporalEncoder(nn.Module):
         self.blocks = make_blocks(config, config.temporal_depth)
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
 
-    def forward(self, x_BFD: Tensor) -> Tensor:
+    def forward(self, x_BFD: Tensor, engine: Engine) -> Tensor:
         """[B, F, D] -> [B, D]."""
-        x_BFD = torch.cat([x_BFD + self.position_FD, self.class_token_KD.expand(x_BFD.shape[0], -1, -1)], dim=1)
-        everything = (Segment(0, x_BFD.shape[1], x_BFD.shape[2]),)
-        for block in self.blocks:
-            x_BFD = block(x_BFD, everything)
-        return self.norm(x_BFD[:, -1])
+        tokens = Tokens(x_BFD + self.position_FD, None, self.class_token_KD)
+        everything = (Segment(0, x_BFD.shape[1] + 1, x_BFD.shape[2]),)
+        gain_LSN1 = x_BFD.new_ones((len(self.blocks), x_BFD.shape[0], everything[0].stop, 1))
+        if engine == "fp8":  # which saves nothing on so few tokens
+            engine = "triton"
+        return self.norm(run_blocks(engine, self.blocks, tokens, everything, gain_LSN1, None, 1)[:, -1])
 
 
 class FrameAverage(nn.Module):
     """In place of a temporal encoder: the mean of the vectors, [B, G, D] -> [B, D]."""
 
-    def forward(self, x_BGD: Tensor) -> Tensor:
+    def forward(self, x_BGD: Tensor, engine: Engine) -> Tensor:
         """[B, G, D] -> [B, D]."""
         return x_BGD.mean(dim=1)

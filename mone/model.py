@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mone.blocks import last_kept
 from mone.config import ModelConfig
 from mone.encoder import FrameAverage, NestedEncoder, TemporalEncoder
+from mone.engine.support import compute_dtype
 from mone.merging import MergingEncoder
 from mone.routing import MotionRouter, RoutingPlan
 
@@ -75,9 +76,9 @@ class ViViT(nn.Module):
         if len(counts) != config.num_experts or min(counts) < 0 or not fewest <= sum(counts) <= tokens:
             raise ValueError(f"counts {counts} do not split {tokens} tokens over {config.num_experts} experts")
         patches_BKP = patches.flatten(1, -2)
-        pixels_BKP = to_float(patches_BKP, config, self.embed.weight.dtype, kept_BK)
+        pixels_BKP = to_float(patches_BKP, config, compute_dtype(self.embed.weight), kept_BK)
         vectors_BGD, plan = self.encoder(self.embed(pixels_BKP), patches_BKP, counts, kept_BK)
-        logits_BC = self.head(self.temporal(vectors_BGD))
+        logits_BC = self.head(self.temporal(vectors_BGD, self.encoder.engine))
         if config.budget_per_frame(num_kept):
             frames = (patches.shape[0], config.num_indices)
             order, expert, weight = (tensor.unflatten(0, frames) for tensor in plan[:3])
@@ -101,19 +102,23 @@ class ViViT(nn.Module):
 
 
 def to_float(patches_BKP: Tensor, config: ModelConfig, dtype: torch.dtype, kept_BK: Tensor | None = None) -> Tensor:
-    """uint8 patches as the model sees them; pixels stay uint8 until they are on the device, and are rounded once."""
-    pixels_BKP = patches_BKP.to(torch.promote_types(dtype, torch.float32))
+    """uint8 patches as the model sees them; pixels stay uint8 until they are on the device, and are rounded once.
+
+    Each step takes the numbers as they are, since pixels in float32 would be four times as much to move.
+    """
     if config.pixels == "scaled":
-        return (pixels_BKP / 127.5 - 1.0).to(dtype)
+        # As odd halves up to 255 / 2, differences are exact in half precision too.
+        middle = torch.full((), 127.5, dtype=dtype, device=patches_BKP.device)
+        return patches_BKP.sub(middle).div_(127.5)
     # The mean of each frame, in which a dropped patch counts as what stands for it.
-    mean_BFN = pixels_BKP.mean(dim=-1)
+    mean_BFN = patches_BKP.mean(dim=-1, dtype=torch.promote_types(dtype, torch.float32))
     if kept_BK is not None:
         mean_BFN = mean_BFN.gather(1, last_kept(kept_BK, config.num_indices, config.num_tokens).flatten(1))
     mean_BF = mean_BFN.unflatten(1, (config.num_indices, config.num_tokens)).mean(dim=-1)
     mean_BK = mean_BF.repeat_interleave(config.num_tokens, dim=1)
     if kept_BK is not None:
         mean_BK = mean_BK.gather(1, kept_BK)
-    return ((pixels_BKP - mean_BK.unsqueeze(-1)) / 64.0).to(dtype)
+    return patches_BKP.sub(mean_BK.unsqueeze(-1)).to(dtype).div_(64.0)
 
 
 def initialise(model: ViViT) -> None:

@@ -23,6 +23,7 @@ from pipelines.decode import Clip
 from pipelines.ingest import DECODE_MEMORY_BYTES
 from pipelines.manifest import decode_planned
 from pipelines.schema import PlannedClip, Status
+from pipelines.storage.signatures import UNSIGNED, Signatures
 from pipelines.view import View
 
 # What a crash can cost to decode again, and a good size of an object. A task decodes one shard.
@@ -45,7 +46,7 @@ _SHARD_OPTIONS: dict[str, Any] = {
 Commit = Callable[[str, pa.Table], None]
 
 
-def fill(manifest: pa.Table, view: View, uri: str, max_bytes: int) -> int:
+def fill(manifest: pa.Table, view: View, uri: str, max_bytes: int, signatures: Signatures = UNSIGNED) -> int:
     """Decode what is not in the cache yet; needs Ray.
 
     It may be killed at any moment, and run by several jobs at a time: what is there is whole, and what is not is
@@ -56,6 +57,7 @@ def fill(manifest: pa.Table, view: View, uri: str, max_bytes: int) -> int:
         view: Frames and size.
         uri: As `ClipCache.open`.
         max_bytes: Room for the clips of this manifest; those that do not fit, from the end, are left out.
+        signatures: What signed addresses are read with.
 
     Returns:
         Rows of the manifest that are left out; if none, `CachedClips` can serve it.
@@ -70,19 +72,19 @@ def fill(manifest: pa.Table, view: View, uri: str, max_bytes: int) -> int:
         num_done = len(fitting) - len(missing)
         bar = tqdm(total=len(fitting), initial=num_done, desc="decode", unit="clip", smoothing=0.1, mininterval=1)
         with bar, _committing(cache) as commit:
-            for num_clips in _decode(missing, cache, commit):
+            for num_clips in _decode(missing, cache, commit, signatures):
                 bar.update(num_clips)
     return len(manifest) - len(fitting)
 
 
-def _decode(missing: pa.Table, cache: ClipCache, commit: Commit) -> Iterator[int]:
+def _decode(missing: pa.Table, cache: ClipCache, commit: Commit, signatures: Signatures) -> Iterator[int]:
     """MANIFEST rows -> shards of CACHED rows; yields how many clips each has, once it is safe."""
     clips_per_shard = max(1, min(_MAX_CLIPS_PER_SHARD, _SHARD_BYTES // clip_bytes(cache.view)))
     blocks = [missing.slice(start, _ROWS_PER_BLOCK) for start in range(0, len(missing), _ROWS_PER_BLOCK)]
     rows = ray.data.from_arrow(blocks)
     rows.context.enable_progress_bars = False  # ours counts clips
     written = rows.repartition(target_num_rows_per_block=clips_per_shard).map_batches(
-        functools.partial(_write_shard, view=cache.view, commit=commit),
+        functools.partial(_write_shard, view=cache.view, commit=commit, signatures=signatures),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,  # both decoders run on one thread
@@ -92,18 +94,18 @@ def _decode(missing: pa.Table, cache: ClipCache, commit: Commit) -> Iterator[int
         yield int(np.sum(table["num_clips"]))
 
 
-def _write_shard(manifest: pa.Table, view: View, commit: Commit) -> pa.Table:
+def _write_shard(manifest: pa.Table, view: View, commit: Commit, signatures: Signatures) -> pa.Table:
     """Decode a task's rows and commit them as one shard; a task that Ray runs again replaces its own."""
-    shard = cached_rows(manifest, view)
+    shard = cached_rows(manifest, view, signatures)
     commit(f"{hashlib.sha256(str(shard['clip_id'].to_pylist()).encode()).hexdigest()[:20]}.parquet", shard)
     return pa.table({"num_clips": pa.array([len(shard)], pa.int64())})
 
 
-def cached_rows(manifest: pa.Table, view: View) -> pa.Table:
+def cached_rows(manifest: pa.Table, view: View, signatures: Signatures = UNSIGNED) -> pa.Table:
     """MANIFEST rows to CACHED rows, one for one, in order; their footer says which are there."""
     clips = [PlannedClip(**row) for row in manifest.to_pylist()]
     rows: list[dict[str, Any]] = []
-    for clip, outcome in zip(clips, decode_planned(clips, view), strict=True):
+    for clip, outcome in zip(clips, decode_planned(clips, view, signatures=signatures), strict=True):
         row = {"clip_id": clip.clip_id, "frames": None, "status": Status.OK.value, "error": ""}
         if isinstance(outcome, Clip):
             row["frames"] = np.ascontiguousarray(outcome.frames_THWC).reshape(-1).data

@@ -1,5 +1,6 @@
 """From videos to the clip manifest, the list of everything that will be one row each; and its rows decoded."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
@@ -12,6 +13,7 @@ from pipelines.guarded import Decode, Decoded, Request, T, decode_guarded, probe
 from pipelines.limits import DEFAULT_LIMITS, Limits
 from pipelines.probe import VideoInfo, file_identity
 from pipelines.schema import PlannedClip, Status
+from pipelines.storage.signatures import UNSIGNED, Signatures
 from pipelines.timeline import ClipPlan
 from pipelines.view import View
 from pipelines.waiting import patiently
@@ -75,10 +77,14 @@ def by_video(clips: Iterable[PlannedClip]) -> Iterator[list[PlannedClip]]:
         yield list(same_video)
 
 
-def decode_planned(clips: Sequence[PlannedClip], view: View, limits: Limits = DEFAULT_LIMITS) -> list[Outcome]:
+def decode_planned(
+    clips: Sequence[PlannedClip], view: View, limits: Limits = DEFAULT_LIMITS, signatures: Signatures = UNSIGNED
+) -> list[Outcome]:
     """Decode rows of a manifest, one outcome each, in order; neighbours of one video share a pass over it."""
+    addresses = signatures.sign([clip.video for clip in clips])
+    readable = [dataclasses.replace(clip, video=address) for clip, address in zip(clips, addresses, strict=True)]
     with patiently():
-        return [outcome for _, decoded in decode_videos(clips, view, limits) for outcome in decoded.outcomes]
+        return [outcome for _, decoded in decode_videos(readable, view, limits) for outcome in decoded.outcomes]
 
 
 def decode_videos(

@@ -12,6 +12,7 @@ from mone.checkpoint import Checkpoint
 from mone.compute import Compute, clip_compute
 from mone.engine.choice import Engine
 from mone.engine.graphs import Replayed
+from mone.engine.support import check_engine
 from pipelines.metrics import SILENT, RunMetrics
 from pipelines.schema import ANNOTATIONS, Status
 from pipelines.tokenize import Tokens, tokens_of
@@ -42,6 +43,7 @@ class Annotator:
         self.top_k = min(top_k, checkpoint.config.num_classes)
         check_capacity(capacity, checkpoint.config.num_experts)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_engine(engine, self.device)
         self.model = checkpoint.build(self.device)
         self.model.encoder.engine = engine
         # Kernels are so short that the host's work for each would show.

@@ -14,7 +14,7 @@ from mone.clips import Batch, ClipSource
 from mone.compute import clip_compute, peak_flops_per_s
 from mone.config import ModelConfig
 from mone.curve import measure
-from mone.engine.choice import Engine
+from mone.engine.choice import ExactEngine
 from mone.model import ViViT
 from mone.parallel import Parallel
 from mone.stages import TrainConfig
@@ -57,7 +57,7 @@ class TrainJob:
     checkpoint_every: int = 500
     log_every: int = 20
     log_samples: bool = False
-    engine: Engine = "auto"
+    engine: ExactEngine = "auto"
     cuda_graphs: bool = True
 
 

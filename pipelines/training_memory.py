@@ -16,6 +16,7 @@ from pipelines.child import num_children
 from pipelines.decode import Clip
 from pipelines.manifest import decode_planned, plan_video
 from pipelines.schema import Status
+from pipelines.storage.signatures import Signatures
 from pipelines.timeline import ClipPlan
 from pipelines.view import View
 
@@ -58,10 +59,10 @@ def in_memory(
 def _read(video: Video, plan: ClipPlan, view: View) -> _Read:
     planned = plan_video(video, plan)
     if planned[0].status != Status.OK:
-        return _Read([], {video.uri: f"{planned[0].status}: {planned[0].error}"})
-    outcomes = decode_planned(planned, view)
+        return _Read([], {video.address: f"{planned[0].status}: {planned[0].error}"})
+    outcomes = decode_planned(planned, view, signatures=Signatures.of([video.uri]))
     failures = {
-        f"{video.uri} [{clip.start_s:.2f}, {clip.end_s:.2f})": f"{outcome.status}: {outcome}"
+        f"{video.address} [{clip.start_s:.2f}, {clip.end_s:.2f})": f"{outcome.status}: {outcome}"
         for clip, outcome in zip(planned, outcomes, strict=True)
         if not isinstance(outcome, Clip)
     }

@@ -9,6 +9,7 @@ from mone.clips import ClipSource
 from pipelines.archive import Video
 from pipelines.clip_cache import CachedClips
 from pipelines.fill_cache import fill
+from pipelines.storage.signatures import Signatures
 from pipelines.timeline import ClipPlan
 from pipelines.train_loop import Sources
 from pipelines.training_stream import StreamedClips, training_manifest
@@ -36,9 +37,14 @@ def count_clips(path: str) -> int:
     return pq.read_metadata(path).num_rows
 
 
-def fill_cache(manifests: Mapping[str, str], views: Mapping[str, View], cache: str, max_bytes: int) -> dict[str, bool]:
+def fill_cache(
+    manifests: Mapping[str, str], views: Mapping[str, View], cache: str, max_bytes: int, signatures: Signatures
+) -> dict[str, bool]:
     """Decode all splits into the cache; says of each whether it fits."""
-    return {split: not fill(pq.read_table(path), views[split], cache, max_bytes) for split, path in manifests.items()}
+    return {
+        split: not fill(pq.read_table(path), views[split], cache, max_bytes, signatures)
+        for split, path in manifests.items()
+    }
 
 
 def open_sources(
@@ -47,6 +53,7 @@ def open_sources(
     views: Mapping[str, View],
     cache: str,
     cached: Mapping[str, bool],
+    signatures: Signatures,
 ) -> Sources:
     """The sources of each split, in a worker.
 
@@ -56,12 +63,13 @@ def open_sources(
         views: Frames and size of each split.
         cache: URI; "" is none.
         cached: Whether all of a split is in it.
+        signatures: What signed addresses are read with.
     """
 
     def source(split: str) -> ClipSource:
         manifest = pq.read_table(manifests[split])
         if cached.get(split):
             return CachedClips(cache, manifest, labels, views[split])
-        return StreamedClips(manifest, labels, views[split], cache or None)
+        return StreamedClips(manifest, labels, views[split], cache or None, signatures)
 
     return Sources(*(source(split) for split in Sources._fields))

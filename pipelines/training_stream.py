@@ -23,6 +23,7 @@ from pipelines.decode import Clip, Outcome
 from pipelines.ingest import DECODE_MEMORY_BYTES, plan_stage
 from pipelines.manifest import decode_planned
 from pipelines.schema import MANIFEST, PlannedClip, Status
+from pipelines.storage.signatures import UNSIGNED, Signatures
 from pipelines.timeline import ClipPlan
 from pipelines.view import View
 
@@ -74,6 +75,7 @@ class _Origin:
     """What a task needs to know to read any row."""
 
     manifest: pa.Table
+    signatures: Signatures
     view: View
     cache: ClipCache | None
     places: Places | None
@@ -85,8 +87,22 @@ class StreamedClips:
     It knows nothing of workers: each asks for its own rows, in the process that trains.
     """
 
-    def __init__(self, manifest: pa.Table, labels: Sequence[str], view: View, cache_uri: str | None = None) -> None:
+    def __init__(
+        self,
+        manifest: pa.Table,
+        labels: Sequence[str],
+        view: View,
+        cache_uri: str | None = None,
+        signatures: Signatures = UNSIGNED,
+    ) -> None:
         """Look up which clips are in the cache.
+
+        Args:
+            manifest: MANIFEST rows.
+            labels: Name of each class.
+            view: Frames and size.
+            cache_uri: As `ClipCache.open`.
+            signatures: What signed addresses are read with.
 
         Raises:
             CacheError: A cache that cannot be used.
@@ -96,7 +112,7 @@ class StreamedClips:
         self.failures: dict[str, str] = {}
         cache = ClipCache.open(cache_uri, view) if cache_uri else None
         places = cache.find(manifest["clip_id"]) if cache else None
-        self._origin = _Origin(manifest=manifest, view=view, cache=cache, places=places)
+        self._origin = _Origin(manifest=manifest, signatures=signatures, view=view, cache=cache, places=places)
 
     def __len__(self) -> int:
         """Rows of the manifest."""
@@ -165,7 +181,8 @@ def _read_rows(asked: pa.Table, origin: ray.ObjectRef) -> pa.Table:
     distinct = np.unique(samples)  # by video and start, as the manifest is
     is_cached = whole.places.shard_S[distinct] >= 0 if whole.places else np.zeros(len(distinct), dtype=bool)
     clips = [PlannedClip(**row) for row in whole.manifest.take(distinct[~is_cached]).to_pylist()]
-    outcomes = dict(zip(distinct[~is_cached].tolist(), decode_planned(clips, whole.view), strict=True))
+    decoded = decode_planned(clips, whole.view, signatures=whole.signatures)
+    outcomes = dict(zip(distinct[~is_cached].tolist(), decoded, strict=True))
 
     # Pixels are written once, to where the table has them.
     pixels, end = np.empty((len(samples), clip_bytes(whole.view)), np.uint8), 0

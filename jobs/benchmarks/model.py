@@ -24,10 +24,11 @@ from mone.capacity import check_capacity
 from mone.compute import clip_compute
 from mone.config import ModelConfig, preset
 from mone.engine.graphs import Replayed
+from mone.engine.support import check_engine
 from mone.model import ViViT
 from mone.static import kept_patches
 
-RowEngine = Literal["auto", "triton", "layout", "reference", "compiled", "replayed"]
+RowEngine = Literal["auto", "triton", "layout", "reference", "compiled", "replayed", "fp8"]
 
 # Shorter measurements say more about the clock, and about the first launch after a pause, than about the model.
 _SHORTEST_S = 0.02
@@ -78,7 +79,7 @@ class ModelSpeed:
     engine: tuple[RowEngine, ...] = ("auto",)
     """Code that runs the blocks; with several, a row for each, all compared with dense on the first. "compiled" is
     dense under torch.compile, at the fastest of its modes and attention kernels; "replayed" is "triton" from a
-    CUDA graph."""
+    CUDA graph, "fp8" the same with products of 8 bits."""
     compile: bool = False
     """torch.compile each row, for its fixed shapes."""
 
@@ -116,6 +117,9 @@ class ModelSpeed:
             raise UserError("give at least one --engine")
         if "replayed" in self.engine and device.type != "cuda":
             raise UserError("--engine replayed needs a CUDA device")
+        with checking_input():
+            for engine in self.engine:
+                check_engine(engine, device)
         if not self.capacity:
             raise UserError("give at least one --capacity")
         config, load = self._stored(device) if self.model else self._random(device)
@@ -229,8 +233,8 @@ def _variant(base: ViViT, case: _Case, clips: _Clips, compiled: bool) -> _Varian
     if case.engine == "compiled":
         model.encoder.engine = "reference"
         run = fastest_compiled(model, arguments)
-    elif case.engine == "replayed":
-        model.encoder.engine = "triton"
+    elif case.engine in ("replayed", "fp8"):
+        model.encoder.engine = "triton" if case.engine == "replayed" else "fp8"
         run = Replayed(model)
     else:
         model.encoder.engine = case.engine

@@ -20,6 +20,7 @@ from mone.baselines import sharing_weights
 from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint
 from mone.config import ModelConfig
+from mone.engine.support import eight_bits_run
 from mone.model import Prediction
 from pipelines.timeline import ClipPlan
 
@@ -46,7 +47,7 @@ class Precision:
     capacity: tuple[float, ...] = (0.2, 0.4, 1.0)
     """Effective capacities."""
     dtypes: tuple[str, ...] = ()
-    """Of float64, float32, bf16 (weights too), bf16_autocast, fp16_autocast (GPU); default all but float64."""
+    """Of float64, float32, bf16 (weights too), bf16_autocast, fp16_autocast and fp8 (GPU); default all but float64."""
     batch_size: int = 8
     """Clips of a batch."""
     device: str = ""
@@ -78,6 +79,8 @@ class Precision:
         if self.random and self.data:
             raise UserError("--data has no effect with --random")
         possible = [name for name in ARITHMETICS if device.type == "cuda" or name != "fp16_autocast"]
+        if not eight_bits_run(device):
+            possible.remove("fp8")
         if unknown := sorted(set(self.dtypes) - set(possible)):
             raise UserError(f"unknown dtype {unknown[0]!r} on {device.type}; there are {', '.join(possible)}")
         return self.dtypes or tuple(name for name in possible if name != "float64")
@@ -164,7 +167,8 @@ def _compare(
     exact.set_submodule("encoder.router", recording)
     models = {dtype: checkpoint.build(device).to(ARITHMETICS[dtype].weights) for dtype in dtypes}
     routed = {dtype: sharing_weights(model, checkpoint.config) for dtype, model in models.items()}
-    for model in routed.values():
+    for dtype, model in routed.items():
+        model.encoder.engine = models[dtype].encoder.engine = ARITHMETICS[dtype].engine
         model.set_submodule("encoder.router", _Repeating(recording))
     answers: defaultdict[tuple[str, float], list[_Answers]] = defaultdict(list)
     for patches in tqdm(batches, "compare", unit="batch"):

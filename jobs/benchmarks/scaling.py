@@ -16,7 +16,7 @@ from jobs.training_data import MOTIONS_DATA, TrainingData, worker_sources
 from mone.baselines import with_method
 from mone.capacity import check_capacity
 from mone.config import preset
-from mone.engine.choice import Engine
+from mone.engine.choice import ExactEngine
 from mone.parallel import Strategy
 from mone.stages import Stage, TrainConfig
 from pipelines.train_loop import TrainJob
@@ -50,7 +50,7 @@ class Scaling:
     """What is trained."""
     capacity: float = 0.4
     """Effective capacity of mone."""
-    engine: Engine = "auto"
+    engine: ExactEngine = "auto"
     """Code that runs the blocks."""
     workers: tuple[int, ...] = (1, 2)
     """Numbers of workers, each with a GPU where the cluster has any."""

@@ -17,7 +17,7 @@ from mone.capacity import check_capacity
 from mone.clips import MemoryClips
 from mone.compute import peak_flops_per_s, training_flops
 from mone.config import ModelConfig, preset
-from mone.engine.choice import Engine
+from mone.engine.choice import ExactEngine
 from mone.model import ViViT
 from mone.parallel import Parallel
 from mone.stages import Stage, TrainConfig
@@ -49,7 +49,7 @@ class TrainSpeed:
     """Names from mone/baselines.py; dense is always measured, to compare with."""
     capacity: tuple[float, ...] = (0.4,)
     """Effective capacities."""
-    engine: tuple[Engine, ...] = ("auto",)
+    engine: tuple[ExactEngine, ...] = ("auto",)
     """Code that runs the blocks; with several, a row for each, all compared with dense on the first."""
     batch_size: int = 8
     """Clips of a step."""
@@ -129,7 +129,7 @@ class _Case(NamedTuple):
     method: str
     capacity: float
     config: ModelConfig
-    engine: Engine
+    engine: ExactEngine
 
 
 class _Variant:

@@ -14,6 +14,7 @@ from jobs.inputs import choose_device, load_model
 from mone.capacity import check_capacity
 from mone.config import preset
 from mone.engine.fused import run_on_rows
+from mone.engine.graphs import captured
 from mone.engine.rows import runs_of
 from mone.engine.tilings import Tilings, default_tilings, keep, key_of, mean_share
 from mone.engine.tokens import Tokens
@@ -80,8 +81,8 @@ class Tune:
             with torch.inference_mode():
                 return _seconds(lambda: run_on_rows(blocks, tokens, segments, gain_LSN1, None, classes, tilings))
 
-        share = mean_share(runs, config.dim)
-        start = default_tilings(torch.cuda.get_device_capability(device), share)
+        share, rows = mean_share(runs, config.dim), sequences * x_SND.shape[1]
+        start = default_tilings(torch.cuda.get_device_capability(device), share, rows)
         best, _ = fastest(seconds, start, tqdm.write)
         before_s, after_s = seconds(start), seconds(best)  # again, side by side
         file = keep(key_of(device, runs, config.dim), best)
@@ -97,14 +98,7 @@ class Tune:
 
 def _seconds(run: Callable[[], object]) -> float:
     """Of a call from a CUDA graph, where the host does not count; the median of a few means."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    graph, _ = captured(run)
     graph.replay()
     times = []
     for _ in range(_REPEATS):

@@ -20,6 +20,7 @@ from mone.engine.layout import Order, Tail, from_layout, order_of, to_layout
 from mone.engine.mlp import nested_mlp
 from mone.engine.norm import Branch, add_and_norm, nested_norm
 from mone.engine.projections import project_in, project_out
+from mone.engine.support import compute_dtype
 from mone.nested import Segments
 
 
@@ -118,9 +119,3 @@ def finish(block: Block, x_SRD: Tensor, mixed_SRD: Tensor, gain_SR1: Tensor) -> 
     z_SRD = x_SRD + block.branch(F.linear(mixed_SRD, out.weight.to(dtype), out.bias.to(dtype)))
     (output_SRD,) = nested_mlp(block.mlp, [nested_norm(z_SRD, None, block.norm_mlp, dtype)])
     return z_SRD + block.branch(gain_SR1 * (output_SRD + block.mlp.down.bias.to(dtype)))
-
-
-def compute_dtype(x_SND: Tensor) -> torch.dtype:
-    """Of matrix products."""
-    device = x_SND.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_SND.dtype

@@ -16,7 +16,8 @@ from mone.engine.tokens import Tokens
 from mone.nested import Segments
 from mone.routing import LearnedRouter, RandomRouter, RoutingPlan, expert_preferred_routing
 
-Engine = Literal["auto", "triton", "layout", "reference"]
+ExactEngine = Literal["auto", "triton", "layout", "reference"]
+Engine = Literal[ExactEngine, "fp8"]
 
 # Queries, keys and values that a processor computes at a time: glibc hands tensors of 32 MiB and more back to the
 # system as they are freed, and to get them again can cost as much as the product itself.
@@ -25,7 +26,8 @@ _PROCESSOR_BYTES = 30 * 2**20
 
 def uses_kernels(engine: Engine, blocks: nn.ModuleList, x_BKD: Tensor) -> bool:
     """Whether Triton kernels take these tokens."""
-    if engine != "triton" and not (engine == "auto" and _is_hopper(x_BKD.device) and not _must_be_called(blocks)):
+    asked = engine in ("triton", "fp8")
+    if not asked and not (engine == "auto" and _is_hopper(x_BKD.device) and not _must_be_called(blocks)):
         return False
     from mone.engine.fused import fits_kernels  # here: there may be no Triton
 
@@ -73,9 +75,9 @@ def run_blocks(
 
     Args:
         engine: "reference": block by block, as `mone.blocks` has it. "layout": as wide as each expert, in plain
-            PyTorch. "triton": Triton kernels for inference in half precision, the layout for all else. "auto": what is
-            measured to be the fastest: as "triton" on GPUs from Hopper on, the layout elsewhere; the reference where
-            blocks must be called.
+            PyTorch. "triton": Triton kernels for inference in half precision, the layout for all else. "fp8": the same
+            with products of 8 bits, which are less exact. "auto": what is measured to be the fastest without that: as
+            "triton" on GPUs from Hopper on, the layout elsewhere; the reference where blocks must be called.
         blocks: Of `mone.blocks.Block`.
         tokens: Sorted by whoever runs them.
         segments: Which rows go through which expert.
@@ -86,7 +88,9 @@ def run_blocks(
     if uses_kernels(engine, blocks, tokens.x_SKD):
         from mone.engine.fused import run_on_rows
 
-        return run_on_rows(blocks, tokens, segments, gain_LSN1, neighbours, num_class_tokens)
+        return run_on_rows(
+            *(blocks, tokens, segments, gain_LSN1, neighbours, num_class_tokens), eight_bits=engine == "fp8"
+        )
     x_SND = tokens.sorted()
     one_by_one = engine == "reference" or (engine == "auto" and _must_be_called(blocks))
     if one_by_one or not x_SND.numel():  # of nothing there is no layout

@@ -7,6 +7,9 @@ the two of the MLP. Each works on the rows of all experts.
 The residual stream is in half precision, under autocast too, where the reference keeps it in float32: LayerNorm and the
 products that end on it move half as much.
 
+The factors of products can have 8 bits (E4M3): what LayerNorm, GELU and attention give as it is, since that lies where
+the format is finest, and weights with a scale for each output feature. Sums, attention and the stream stay as they are.
+
 Shapes: S sequences, N tokens, R rows, D model features, H hidden features, C class tokens, L blocks.
 """
 
@@ -18,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mone.blocks import Block, Neighbours
-from mone.engine.blocks import compute_dtype, finish
+from mone.engine.blocks import finish
+from mone.engine.casts import EIGHT_BITS, factor
 from mone.engine.casts import cast as cast_weight
 from mone.engine.kernels.attention import attend_rows
 from mone.engine.kernels.enter import enter_rows
@@ -28,6 +32,7 @@ from mone.engine.kernels.narrow_mlp import narrow_mlp
 from mone.engine.kernels.norm import SMALLEST_BLOCK, norm_rows
 from mone.engine.layout import from_layout
 from mone.engine.rows import Places, Run, num_rows, places_of, row_of_token, runs_of, tiles_of
+from mone.engine.support import compute_dtype
 from mone.engine.tilings import Tiling, Tilings, tilings_for
 from mone.engine.tokens import Tokens
 from mone.nested import Segments
@@ -69,13 +74,15 @@ def run_on_rows(
     neighbours: Neighbours | None = None,
     num_class_tokens: int = 0,
     tilings: Tilings | None = None,
+    *,
+    eight_bits: bool = False,
 ) -> Tensor:
     """Run all blocks; as `blocks.run_on_layout`, without gradients."""
     num_sequences, _, dim = tokens.x_SKD.shape
     device, runs = tokens.x_SKD.device, runs_of(segments, num_sequences)
-    tilings = tilings or tilings_for(device, runs, dim)
+    tilings = tilings or tilings_for(device, runs, dim, eight_bits=eight_bits)
     row_SN, wanted = _rows(runs, num_sequences, device), tokens.x_SKD.dtype
-    buffers = _enter(blocks, tokens, runs, row_SN)
+    buffers = _enter(blocks, tokens, runs, row_SN, eight_bits=eight_bits)
     gain_LR = gain_LSN1.new_zeros((len(blocks), num_rows(runs)), dtype=torch.float32)
     gain_LR.index_copy_(1, row_SN.flatten(), gain_LSN1.flatten(1).float())
     places = places_of(row_SN, neighbours)
@@ -94,10 +101,12 @@ def run_on_rows(
     return from_layout(heads, tokens.sorted(), segments)
 
 
-def _enter(blocks: nn.ModuleList, tokens: Tokens, runs: tuple[Run, ...], row_SN: Tensor) -> _Buffers:
+def _enter(
+    blocks: nn.ModuleList, tokens: Tokens, runs: tuple[Run, ...], row_SN: Tensor, *, eight_bits: bool
+) -> _Buffers:
     x_SKD = tokens.x_SKD
     rows, dim, dtype = num_rows(runs), x_SKD.shape[-1], compute_dtype(x_SKD)
-    hidden = cast(Block, blocks[0]).mlp.up.out_features
+    hidden, factors = cast(Block, blocks[0]).mlp.up.out_features, EIGHT_BITS if eight_bits else dtype
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x_SKD.device)
@@ -106,10 +115,10 @@ def _enter(blocks: nn.ModuleList, tokens: Tokens, runs: tuple[Run, ...], row_SN:
         head_RD=empty(rows, dim),
         tail_mean_R=empty(rows, dtype=torch.float32),
         tail_spread_R=empty(rows, dtype=torch.float32),
-        normal_RD=empty(rows, -(-dim // SMALLEST_BLOCK) * SMALLEST_BLOCK),
+        normal_RD=empty(rows, -(-dim // SMALLEST_BLOCK) * SMALLEST_BLOCK, dtype=factors),
         qkv_RX=empty(rows, 3 * dim),
-        mixed_RD=empty(rows, dim),
-        hidden_RH=empty(rows, hidden),
+        mixed_RD=empty(rows, dim, dtype=factors),
+        hidden_RH=empty(rows, hidden, dtype=factors),
     )
     enter_rows(tokens, row_SN, _widths(runs, x_SKD.device), *buffers[:3])
     return buffers
@@ -133,9 +142,9 @@ def _block(
         if tiling is None or not _fills(run, tiling, buffers.head_RD.device):
             wide += (run,)
             continue
-        up_HD, down_DH = cast_weight(mlp.up.weight, dtype), cast_weight(mlp.down.weight, dtype)
+        up, down = factor(mlp.up.weight, dtype), factor(mlp.down.weight, dtype)
         narrow_mlp(
-            *(buffers.normal_RD, up_HD, mlp.up.bias, down_DH, mlp.down.bias, buffers.head_RD, run, gain_R),
+            *(buffers.normal_RD, up, mlp.up.bias, down, mlp.down.bias, buffers.head_RD, run, gain_R),
             tiling=tiling,
             activation=activation,
         )
@@ -164,13 +173,13 @@ def _class_tokens(
     _norm(block.norm_attention, buffers, runs)
     _project(attention.qkv, buffers.normal_RD, qkv_RX, runs, tilings.qkv, range(dim, 3 * dim))
     weight_OD, bias_O = cast_weight(attention.qkv.weight, dtype), cast_weight(attention.qkv.bias, dtype)
-    own_XD = buffers.normal_RD[:, :dim].index_select(0, rows)
+    own_XD = buffers.normal_RD[:, :dim].index_select(0, rows).to(dtype)
     qkv_RX[:, :dim].index_copy_(0, rows, F.linear(own_XD, weight_OD[:dim], bias_O[:dim]))
     attend_rows(qkv_RX, buffers.mixed_RD, places, attention.num_heads, first_query=places.read_GM.shape[1] - 1)
     head_SCD, mixed_SCD = (
         t.index_select(0, rows).unflatten(0, rows_SC.shape) for t in (buffers.head_RD, buffers.mixed_RD)
     )
-    return finish(block, head_SCD, mixed_SCD, gain_SC1)
+    return finish(block, head_SCD, mixed_SCD.to(dtype), gain_SC1)
 
 
 def _norm(norm: nn.LayerNorm, buffers: _Buffers, runs: tuple[Run, ...]) -> None:
@@ -189,8 +198,8 @@ def _project(
 ) -> None:
     """The first d features of each row to these columns."""
     tiles_J3 = _tiles_in(runs, columns, tiling, rows_RD.device)
-    weight, bias = cast_weight(linear.weight, rows_RD.dtype), linear.bias
-    grouped_gemm(rows_RD, weight, bias, out_RX, tiles_J3, tiling=tiling, activation=activation)
+    weight = factor(linear.weight, rows_RD.dtype)
+    grouped_gemm(rows_RD, weight, linear.bias, out_RX, tiles_J3, tiling=tiling, activation=activation)
 
 
 def _project_out(
@@ -203,8 +212,8 @@ def _project_out(
 ) -> None:
     """All features of each row onto the first d of the residual stream."""
     tiles_J3 = _tiles_out(runs, rows_RX.shape[1], tiling, rows_RX.device)
-    weight, bias = cast_weight(linear.weight, rows_RX.dtype), linear.bias
-    grouped_gemm(rows_RX, weight, bias, out_RD, tiles_J3, tiling=tiling, residual=True, gain_R=gain_R)
+    weight = factor(linear.weight, rows_RX.dtype)
+    grouped_gemm(rows_RX, weight, linear.bias, out_RD, tiles_J3, tiling=tiling, residual=True, gain_R=gain_R)
 
 
 # Tables depend on counts and sizes alone: made once, they stay on the device.

@@ -3,7 +3,8 @@
 Shapes: B clips, F temporal indices, N tokens per index, P values per patch, K patches that were kept.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from mone.model import Prediction, ViViT
 
 _WARM_UP_RUNS = 2
+_Result = TypeVar("_Result")
 
 
 class _Captured(NamedTuple):
@@ -71,13 +73,19 @@ class Replayed:
 
     def _capture(self, patches: Tensor, counts: tuple[int, ...], kept_BK: Tensor | None) -> _Captured:
         patches, kept_BK = patches.clone(), None if kept_BK is None else kept_BK.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_RUNS):
-                self.model(patches, counts=counts, kept_BK=kept_BK)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            prediction = self.model(patches, counts=counts, kept_BK=kept_BK)
+        graph, prediction = captured(lambda: self.model(patches, counts=counts, kept_BK=kept_BK))
         return _Captured(graph, patches, kept_BK, prediction)
+
+
+def captured(run: Callable[[], _Result]) -> tuple[torch.cuda.CUDAGraph, _Result]:
+    """A graph of what a function launches, and its result, which every replay writes anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP_RUNS):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph, result

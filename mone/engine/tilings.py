@@ -70,36 +70,68 @@ class Tilings(NamedTuple):
         return None
 
 
+def _deeper(tilings: Tilings) -> Tilings:
+    """The same number of bytes at a time, of factors half as large."""
+    products = {name: getattr(tilings, name) for name in ("qkv", "out", "up", "down")}
+    return tilings._replace(**{name: tiling._replace(inner=2 * tiling.inner) for name, tiling in products.items()})
+
+
+class _Card(NamedTuple):
+    """Tilings for dense tokens, for nested ones, and for those of a clip or two, which leave a card half empty."""
+
+    dense: Tilings
+    nested: Tilings
+    few: Tilings
+
+
 # Measured on an H100. Two programs share a processor, so that one finishes a tile while the other multiplies.
 _FINE = Tiling(128, 128, 64, 4, 3, 2, True, True)
 _WIDE = Tiling(128, 256, 64, 8, 3)
+_FLAT = Tiling(64, 128, 64, 4, 4, 2, True)
 _NARROW = ((128, Tiling(128, 64, 64, 8, 3)), (192, Tiling(128, 64, 64, 8, 2)))
-_HOPPER_NESTED = Tilings(_FINE, _FINE, _FINE, _FINE, _NARROW)
-_HOPPER_DENSE = Tilings(_WIDE, _WIDE, _FINE, Tiling(128, 256, 64, 8, 4, 1, True, True), _NARROW)
+_NARROW_8 = ((192, Tiling(128, 128, 64, 8, 3)),)
+_HOPPER = _Card(
+    dense=Tilings(_WIDE, _WIDE, _FINE, Tiling(128, 256, 64, 8, 4, 1, True, True), _NARROW),
+    nested=Tilings(_FINE, _FINE, _FINE, _FINE, _NARROW),
+    few=Tilings(_FINE, _FLAT, _FINE, _FLAT, _NARROW),
+)
+_HOPPER_8 = _Card(*(_deeper(tilings)._replace(narrow=_NARROW_8) for tilings in _HOPPER))
 _ONLINE = Attending(64, 64, 4, 2, whole=False)
 # Never measured: what fits. A100 has 163 KB of shared memory for a program, L4 and other cards of its kind 99 KB.
 _LARGE = Tiling(128, 128, 64, 8, 3)
 _A100 = Tilings(*[_LARGE] * 4, narrow=((128, Tiling(128, 64, 64, 8, 2)),), attention=_ONLINE)
 _SMALL = Tiling(128, 128, 32, 8, 3)
 _L4 = Tilings(*[_SMALL] * 4, narrow=((64, Tiling(64, 64, 64, 4, 2)),), attention=_ONLINE)
+_L4_8 = _deeper(_L4)
 # Of the full width, from which on tokens are as good as dense.
 _DENSE_SHARE = 0.75
+_FEW_ROWS = 8192
 
 
-def tilings_for(device: torch.device, runs: tuple[Run, ...], dim: int) -> Tilings:
+def tilings_for(device: torch.device, runs: tuple[Run, ...], dim: int, *, eight_bits: bool = False) -> Tilings:
     """Those that were measured for this card and such a batch, else the card's defaults."""
-    return chosen().get(key_of(device, runs, dim)) or default_tilings(_capability(device), mean_share(runs, dim))
+    if found := chosen().get(key_of(device, runs, dim, eight_bits=eight_bits)):
+        return found
+    capability, rows = _capability(device), sum(run.stop - run.start for run in runs)
+    return default_tilings(capability, mean_share(runs, dim), rows, eight_bits=eight_bits)
 
 
-def default_tilings(capability: tuple[int, int], share: float) -> Tilings:
+def default_tilings(capability: tuple[int, int], share: float, num_rows: int, *, eight_bits: bool = False) -> Tilings:
     """Without measuring.
 
     Args:
         capability: Compute capability.
         share: Mean width of the tokens as a share of the full width.
+        num_rows: Tokens of the batch.
+        eight_bits: Whether factors have 8 bits.
     """
     if capability >= (9, 0):
-        return _HOPPER_DENSE if share >= _DENSE_SHARE else _HOPPER_NESTED
+        card = _HOPPER_8 if eight_bits else _HOPPER
+        if share >= _DENSE_SHARE:
+            return card.dense
+        return card.few if num_rows < _FEW_ROWS else card.nested
+    if eight_bits:
+        return _L4_8
     return _A100 if capability == (8, 0) else _L4
 
 
@@ -109,12 +141,13 @@ def mean_share(runs: tuple[Run, ...], dim: int) -> float:
     return sum((run.stop - run.start) * run.width for run in runs) / (rows * dim)
 
 
-def key_of(device: torch.device, runs: tuple[Run, ...], dim: int) -> str:
-    """What a choice holds for: card, Triton, D, mean width to a tenth, rows to a power of two."""
+def key_of(device: torch.device, runs: tuple[Run, ...], dim: int, *, eight_bits: bool = False) -> str:
+    """What a choice holds for: card, Triton, bits, D, mean width to a tenth, rows to a power of two."""
     import triton
 
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     rows = sum(run.stop - run.start for run in runs)
+    card += " fp8" * eight_bits
     return f"{card} triton-{triton.__version__} dim-{dim} share-{mean_share(runs, dim):.1f} rows-{rows.bit_length()}"
 
 

@@ -18,6 +18,7 @@ _PRODUCTS = (
     Tiling(64, 256, 64, 4, 3, 2, True, True),
     Tiling(128, 128, 32, 8, 3),
     Tiling(64, 128, 64, 4, 3, 3),
+    Tiling(64, 128, 64, 4, 4, 2, True),
 )
 _NARROW = (
     (),

@@ -1,5 +1,6 @@
 """Both sources of training clips against a loop that decodes: order, empty parts, failures, bounded reading ahead."""
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -19,6 +20,8 @@ from pipelines.clip_cache import CachedClips, ClipCache
 from pipelines.clip_source import BATCHES_AHEAD, clip_bytes, read_ahead
 from pipelines.fill_cache import cached_rows, fill
 from pipelines.schema import MANIFEST
+from pipelines.storage.signatures import Signatures
+from pipelines.training_memory import in_memory
 from pipelines.training_stream import StreamedClips, training_manifest
 from tests.pipelines.training_data import (
     CHANGED,
@@ -74,6 +77,31 @@ def test_each_source_gives_what_a_loop_gives(tmp_path, manifest):
         assert [len(batch.samples_B) for batch in source.batches([NOTHING, NOTHING])] == [0, 0]
     name = f"{manifest['video'][CHANGED[0]]} [0.00, 1.00)"
     assert sources[0].failures[name] == "missing: the file has changed since it was planned; plan again"
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("shared_ray")
+def test_signed_addresses_are_read_by_every_source_and_kept_by_none(web, tmp_path):
+    local = write_videos(web.folder)
+    web.query = "X-Amz-Signature=5ecret"
+    videos = [
+        dataclasses.replace(video, uri=f"{web.url}/{Path(video.uri).name}?{web.query}")
+        for video in [*local, Video(uri="gone.mkv", label=LABELS[0])]
+    ]
+    signatures, planned_here = Signatures.of(video.uri for video in videos), planned(local)
+    manifest, failures = training_manifest(videos, LABELS, PLAN)
+    fill(manifest, VIEW, str(tmp_path / "cache"), 1 << 40, signatures)
+    in_turn = [np.arange(NUM_CLIPS)]
+    for source in (
+        in_memory(videos, LABELS, PLAN, VIEW),
+        StreamedClips(manifest, LABELS, VIEW, None, signatures),
+        CachedClips(str(tmp_path / "cache"), manifest, LABELS, VIEW),
+    ):
+        assert_batches(list(source.batches(in_turn)), in_turn, planned_here)
+        failures |= source.failures
+    assert list(failures) == [f"{web.url}/gone.mkv"]
+    assert "5ecret" not in str(failures) + str(manifest.to_pylist())
+    assert not [path for path in (tmp_path / "cache").rglob("*.parquet") if b"5ecret" in path.read_bytes()]
 
 
 @pytest.mark.ray

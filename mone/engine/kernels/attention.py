@@ -199,7 +199,7 @@ def attend_rows(
             BLOCK_Q=block_q,
             QUERIES=triton.cdiv(num_slots, block_q),
             WHOLE=whole,
-            STAGES=attending.stages,
+            STAGES=min(attending.stages, heads_each),
             WIDE=qkv_RX.numel() >= 2**31,
             num_warps=max(4, attending.warps * block_q // attending.block_q),
         )

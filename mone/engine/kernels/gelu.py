@@ -22,7 +22,7 @@ FORMS = ("gelu", "gelu_tanh", "gelu_fast", "gelu_tanh_fast", "gelu_poly")
 def form_of(approximate: str, dtype: torch.dtype) -> str:
     """Which of the forms is right for a module's `approximate` and a dtype that results are rounded to."""
     form = "gelu_tanh" if approximate == "tanh" else "gelu"
-    return form + "_fast" if dtype == torch.bfloat16 else form
+    return form if dtype in (torch.float16, torch.float32) else form + "_fast"
 
 
 def has_tanh(device: torch.device) -> bool:

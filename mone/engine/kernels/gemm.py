@@ -1,4 +1,4 @@
-"""One launch for the matrix products of all experts: out = epilogue(rows @ weight^T + bias).
+"""One launch for the matrix products of all experts: out = epilogue(scale (rows @ weight^T) + bias).
 
 A persistent kernel: as many programs as the device runs at once take tiles from a table, in which each tile has its own
 inner size (an expert of width d reads d features) and columns (it writes d features). Rows of an expert begin at
@@ -14,6 +14,7 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mone.engine.casts import Factor
 from mone.engine.kernels.gelu import activate, has_tanh
 from mone.engine.tilings import Tiling
 
@@ -22,12 +23,14 @@ from mone.engine.tilings import Tiling
 
 @triton.jit
 def _finish(
-    sums, out_desc, bias_ptr, gain_ptr, row, column, num_columns,
+    sums, out_desc, scale_ptr, bias_ptr, gain_ptr, row, column, num_columns,
     BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
     ACTIVATION: tl.constexpr, TANH: tl.constexpr, RESIDUAL: tl.constexpr, GAIN: tl.constexpr,
-    ADDS: tl.constexpr,
+    ADDS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     columns = column + tl.arange(0, BLOCK_O)
+    if SCALED:
+        sums *= tl.load(scale_ptr + columns, mask=columns < num_columns, other=0.0)[None, :]
     sums += tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
     sums = activate(sums, ACTIVATION, TANH)
     if GAIN:
@@ -45,6 +48,7 @@ def _grouped_gemm(
     rows_desc,
     weight_desc,
     out_desc,
+    scale_ptr,
     bias_ptr,
     gain_ptr,
     tiles_ptr,
@@ -58,6 +62,7 @@ def _grouped_gemm(
     RESIDUAL: tl.constexpr,
     GAIN: tl.constexpr,
     ADDS: tl.constexpr,
+    SCALED: tl.constexpr,
     FLATTEN: tl.constexpr,
     HALVES: tl.constexpr,
 ):
@@ -73,23 +78,23 @@ def _grouped_gemm(
         if HALVES:
             left, right = tl.split(tl.permute(tl.reshape(sums, (BLOCK_R, 2, BLOCK_O // 2)), (0, 2, 1)))
             _finish(
-                left, out_desc, bias_ptr, gain_ptr, row, column, num_columns,
-                BLOCK_R, BLOCK_O // 2, ACTIVATION, TANH, RESIDUAL, GAIN, ADDS,
+                left, out_desc, scale_ptr, bias_ptr, gain_ptr, row, column, num_columns,
+                BLOCK_R, BLOCK_O // 2, ACTIVATION, TANH, RESIDUAL, GAIN, ADDS, SCALED,
             )  # fmt: skip
             _finish(
-                right, out_desc, bias_ptr, gain_ptr, row, column + BLOCK_O // 2, num_columns,
-                BLOCK_R, BLOCK_O // 2, ACTIVATION, TANH, RESIDUAL, GAIN, ADDS,
+                right, out_desc, scale_ptr, bias_ptr, gain_ptr, row, column + BLOCK_O // 2, num_columns,
+                BLOCK_R, BLOCK_O // 2, ACTIVATION, TANH, RESIDUAL, GAIN, ADDS, SCALED,
             )  # fmt: skip
         else:
             _finish(
-                sums, out_desc, bias_ptr, gain_ptr, row, column, num_columns,
-                BLOCK_R, BLOCK_O, ACTIVATION, TANH, RESIDUAL, GAIN, ADDS,
+                sums, out_desc, scale_ptr, bias_ptr, gain_ptr, row, column, num_columns,
+                BLOCK_R, BLOCK_O, ACTIVATION, TANH, RESIDUAL, GAIN, ADDS, SCALED,
             )  # fmt: skip
 
 
 def grouped_gemm(
     rows_RI: Tensor,
-    weight_OI: Tensor,
+    weight: Factor,
     bias_O: Tensor,
     out_RO: Tensor,
     tiles_J3: Tensor,
@@ -104,8 +109,8 @@ def grouped_gemm(
     Columns of a tile past the expert's width get values that mean nothing; the next expert's rows are never touched.
 
     Args:
-        rows_RI: float16, bfloat16 or float32. Zero from an expert's width up to the next multiple of `tiling.inner`.
-        weight_OI: Of the same dtype, the whole weight.
+        rows_RI: E4M3, half precision or float32. Zero from an expert's width up to the next multiple of `tiling.inner`.
+        weight: Of the same dtype, the whole weight [O, I].
         bias_O: The whole bias.
         out_RO: Any floating dtype.
         tiles_J3: int32, from `rows.tiles_of`.
@@ -118,8 +123,9 @@ def grouped_gemm(
     grid = (min(len(tiles_J3), processors * tiling.programs),)
     _grouped_gemm[grid](
         TensorDescriptor.from_tensor(rows_RI, [tiling.rows, tiling.inner]),
-        TensorDescriptor.from_tensor(weight_OI, [tiling.columns, tiling.inner]),
+        TensorDescriptor.from_tensor(weight.values, [tiling.columns, tiling.inner]),
         TensorDescriptor.from_tensor(out_RO, [tiling.rows, tiling.columns // (1 + tiling.halves)]),
+        bias_O if weight.scale_O is None else weight.scale_O,
         bias_O,
         bias_O if gain_R is None else gain_R,
         tiles_J3,
@@ -133,6 +139,7 @@ def grouped_gemm(
         RESIDUAL=residual,
         GAIN=gain_R is not None,
         ADDS=residual and _adds_in_memory(out_RO.device),
+        SCALED=weight.scale_O is not None,
         FLATTEN=tiling.flatten,
         HALVES=tiling.halves,
         num_warps=tiling.warps,

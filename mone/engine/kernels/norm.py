@@ -1,7 +1,8 @@
 """LayerNorm of rows of different widths in one launch, from the two numbers that are known of each row's tail.
 
 As many programs as a device holds go through the runs of rows, each with a block as wide as its rows; the next rows are
-on their way while some are normalised.
+on their way while some are normalised. A run begins with the program after the last of the run before it, so that in a
+small batch no program has two.
 
 Shapes: R rows, D model features, E runs.
 """
@@ -20,7 +21,7 @@ from mone.engine.rows import Run
 VALUES, WARPS, PROGRAMS = 2048, 4, 4
 # Zeros are written up to the power of two that holds a row's width, and to this at least: so far a tile of a product
 # may read.
-SMALLEST_BLOCK = 64
+SMALLEST_BLOCK = 128
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
@@ -36,37 +37,44 @@ def _load(head_ptr, mean_ptr, spread_ptr, row, column, stop, width, head_stride)
 @triton.jit
 def _norm_run(
     head_ptr, mean_ptr, spread_ptr, weight_ptr, bias_ptr, out_ptr, run_ptr,
-    dim, out_columns, head_stride, out_stride, eps,
+    taken, dim, out_columns, head_stride, out_stride, eps,
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Normalise the rows of this program's turns, the first turn being that of program `taken`; how many turns."""
     first = tl.load(run_ptr)
     stop = tl.load(run_ptr + 1)
     width = tl.load(run_ptr + 2)
-    column = tl.arange(0, BLOCK)
-    weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)
-    tail_share = (dim - width).to(tl.float32) / dim
-    step = tl.num_programs(0) * ROWS
-    row = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    coming, coming_mean, coming_spread = _load(head_ptr, mean_ptr, spread_ptr, row, column, stop, width, head_stride)
-    for start in tl.range(first + tl.program_id(0) * ROWS, stop, step):
-        head, tail_mean, tail_spread = coming.to(tl.float32), coming_mean, coming_spread
+    num_programs = tl.num_programs(0)
+    start = first + (tl.program_id(0) + num_programs - taken % num_programs) % num_programs * ROWS
+    if start < stop:
+        column = tl.arange(0, BLOCK)
+        weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+        tail_share = (dim - width).to(tl.float32) / dim
+        step = num_programs * ROWS
         row = start + tl.arange(0, ROWS)
         coming, coming_mean, coming_spread = _load(
-            head_ptr, mean_ptr, spread_ptr, row + step, column, stop, width, head_stride
+            head_ptr, mean_ptr, spread_ptr, row, column, stop, width, head_stride
         )
-        own_mean = tl.sum(head, axis=1) / width
-        centred = tl.where((column < width)[None, :], head - own_mean[:, None], 0.0)
-        apart = own_mean - tail_mean
-        variance = (tl.sum(centred * centred, axis=1) + tail_spread) / dim
-        variance += apart * apart * tail_share * (1 - tail_share)
-        scale = tl.rsqrt(variance + eps)
-        shift = apart * tail_share * scale
-        normal = (centred * scale[:, None] + shift[:, None]) * weight[None, :] + bias[None, :]
-        # Past the width weight, bias and what they scale are zero or left out, so that zeros are written.
-        padded = (row < stop)[:, None] & (column < out_columns)[None, :]
-        out_at = row.to(tl.int64)[:, None] * out_stride + column[None, :]
-        tl.store(out_ptr + out_at, normal.to(out_ptr.dtype.element_ty), mask=padded)
+        for at in tl.range(start, stop, step):
+            head, tail_mean, tail_spread = coming.to(tl.float32), coming_mean, coming_spread
+            row = at + tl.arange(0, ROWS)
+            coming, coming_mean, coming_spread = _load(
+                head_ptr, mean_ptr, spread_ptr, row + step, column, stop, width, head_stride
+            )
+            own_mean = tl.sum(head, axis=1) / width
+            centred = tl.where((column < width)[None, :], head - own_mean[:, None], 0.0)
+            apart = own_mean - tail_mean
+            variance = (tl.sum(centred * centred, axis=1) + tail_spread) / dim
+            variance += apart * apart * tail_share * (1 - tail_share)
+            scale = tl.rsqrt(variance + eps)
+            shift = apart * tail_share * scale
+            normal = (centred * scale[:, None] + shift[:, None]) * weight[None, :] + bias[None, :]
+            # Past the width weight, bias and what they scale are zero or left out, so that zeros are written.
+            padded = (row < stop)[:, None] & (column < out_columns)[None, :]
+            out_at = row.to(tl.int64)[:, None] * out_stride + column[None, :]
+            tl.store(out_ptr + out_at, normal.to(out_ptr.dtype.element_ty), mask=padded)
+    return (stop - first + ROWS - 1) // ROWS
 
 
 @triton.jit
@@ -75,10 +83,11 @@ def _norm(
     dim, out_columns, head_stride, out_stride, eps,
     BLOCKS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
+    taken = 0
     for index in tl.static_range(len(BLOCKS)):
-        _norm_run(
+        taken += _norm_run(
             head_ptr, mean_ptr, spread_ptr, weight_ptr, bias_ptr, out_ptr, runs_ptr + 3 * index,
-            dim, out_columns, head_stride, out_stride, eps,
+            taken, dim, out_columns, head_stride, out_stride, eps,
             BLOCKS[index], VALUES // BLOCKS[index],
         )  # fmt: skip
 
@@ -107,8 +116,8 @@ def norm_rows(
     """
     blocks = [max(SMALLEST_BLOCK, triton.next_power_of_2(run.width)) for run in runs]
     values = max(VALUES, *blocks)
-    most = max((run.stop - run.start) * block // values for run, block in zip(runs, blocks, strict=True)) + 1
-    _norm[(min(most, PROGRAMS * num_processors(head_RD.device)),)](
+    most = sum(-(-(run.stop - run.start) * block // values) for run, block in zip(runs, blocks, strict=True))
+    _norm[(min(max(1, most), PROGRAMS * num_processors(head_RD.device)),)](
         *(head_RD, tail_mean_R, tail_spread_R, weight_D, bias_D, out_RD, _table(runs, head_RD.device)),
         *(len(weight_D), out_RD.shape[1], head_RD.stride(0), out_RD.stride(0), eps),
         BLOCKS=tuple(blocks),

@@ -20,10 +20,10 @@ def test_the_layout_is_the_default_and_the_reference_can_be_asked_for(called):
     model = small_model(small_config())
     patches = some_patches(model.config)
     model(patches, 0.4)
-    assert called == ["layout"]
+    assert called == ["layout", "layout"]  # the nested encoder and the temporal one
     model.encoder.engine = "reference"
     model(patches, 0.4)
-    assert called == ["layout"]
+    assert called == ["layout", "layout"]
 
 
 def test_blocks_that_must_be_called_are_called(called, monkeypatch):

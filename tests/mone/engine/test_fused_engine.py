@@ -21,7 +21,7 @@ HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 NAMES = ["factorised", "factorised, mean", "joint", "clip budget", "kept", "kept, mean", "token drop", "submodel"]
 
 
-def errors(config, num_kept, **asked):
+def errors(config, num_kept, engine="triton", **asked):
     """Relative errors of the logits against float64, through the kernels and through the reference.
 
     Weights and stream are in half precision; so are the kernels' under autocast.
@@ -33,12 +33,12 @@ def errors(config, num_kept, **asked):
         exact = copy.deepcopy(model).double()(**inputs, **asked).logits_BC
         found = {}
         halves = copy.deepcopy(model).to(HALF)
-        for name, of, engine in (
-            ("half", halves, "triton"),
-            ("autocast", model, "triton"),
+        for name, of, by in (
+            ("half", halves, engine),
+            ("autocast", model, engine),
             ("reference", halves, "reference"),
         ):
-            of.encoder.engine = engine
+            of.encoder.engine = by
             with torch.autocast(DEVICE, HALF, enabled=of is model):
                 logits = of(**inputs, **asked).logits_BC
             found[name] = ((logits - exact).norm() / exact.norm()).item()
@@ -50,6 +50,12 @@ def test_is_no_less_exact_than_the_reference(name):
     config, num_kept = variant(name, dim=128, num_heads=4, depth=2)
     found = errors(config, num_kept, capacity=0.4)
     assert 0 < max(found["half"], found["autocast"]) < 1.5 * found["reference"] + 5e-4, found
+
+
+@pytest.mark.parametrize("name", ["factorised", "kept"])
+def test_products_in_eight_bits_are_some_percent_off(name):
+    config, num_kept = variant(name, dim=128, num_heads=4, depth=2)
+    assert 1e-3 < errors(config, num_kept, engine="fp8", capacity=0.4)["half"] < 0.05
 
 
 @settings(max_examples=8)
@@ -68,7 +74,7 @@ def test_every_tiling_says_the_same():
     expected = run_on_layout(*arguments)
     small = Tiling(32, 32, 32, 4, 1)
     narrow = ((16, small), (64, Tiling(64, 64, 64, 4, 1)))
-    cards = [default_tilings(capability, 0.4) for capability in ((9, 0), (8, 0), (8, 9))]
+    cards = [default_tilings(capability, 0.4, rows) for capability in ((9, 0), (8, 0), (8, 9)) for rows in (40, 40_000)]
     for tilings in (*cards, Tilings(*[small] * 4), Tilings(*[small] * 4, narrow=narrow)):
         first, second = (run_on_rows(blocks, Tokens(x_SND), *others, tilings=tilings) for _ in range(2))
         torch.testing.assert_close(first, expected, atol=2e-2, rtol=2e-2)

@@ -58,6 +58,20 @@ def test_no_less_exact_than_dense_in_bfloat16(base, capacity, num_class_tokens):
 
 
 @CAPACITIES
+def test_products_in_eight_bits_are_some_percent_off(base, capacity):
+    patches = torch.randint(256, (4, 1, 196, base.config.patch_values), dtype=torch.uint8, device="cuda")
+
+    def logits(engine, model):
+        model.encoder.engine = engine
+        with torch.inference_mode():
+            return model(patches, capacity).logits_BC.double()
+
+    exact = logits("reference", copy.deepcopy(base).double())
+    error = (logits("fp8", base.bfloat16()) - exact).norm() / exact.norm()
+    assert 1e-3 < error < 0.15
+
+
+@CAPACITIES
 def test_a_batch_gives_the_same_bits_again(base, capacity):
     patches = torch.randint(256, (4, 1, 196, base.config.patch_values), dtype=torch.uint8, device="cuda")
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):

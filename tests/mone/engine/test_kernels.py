@@ -9,6 +9,7 @@ import triton
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mone.engine.casts import EIGHT_BITS, Factor, factor
 from mone.engine.kernels.attention import attend_rows
 from mone.engine.kernels.enter import enter_rows
 from mone.engine.kernels.gelu import FORMS, form_of
@@ -74,7 +75,7 @@ def test_products_from_the_first_features(counts, activation, dtype):
     for run in runs:
         x[run.start : run.stop, run.width :] = 0
     tiles = table(tiles_of(runs, [(0, 192)] * len(runs), [run.width for run in runs], TILE.rows, TILE.columns))
-    grouped_gemm(x, weight, bias, out, tiles, tiling=TILE, activation=activation)
+    grouped_gemm(x, Factor(weight, None), bias, out, tiles, tiling=TILE, activation=activation)
     for run in runs:
         own = slice(run.start, run.stop)
         expected = x[own].double() @ weight.double().T + bias
@@ -84,13 +85,30 @@ def test_products_from_the_first_features(counts, activation, dtype):
 
 
 @COUNTS
+def test_products_of_eight_bits_are_those_of_their_values(counts):
+    runs, rows = rows_of(counts)
+    x, bias, gain = randn(rows, DIM).to(EIGHT_BITS), randn(192), randn(rows)
+    weight = factor(randn(192, DIM) * torch.logspace(-6, 3, 192, device=DEVICE)[:, None], EIGHT_BITS)
+    before = randn(rows, 192)
+    for run in runs:
+        x[run.start : run.stop, run.width :] = 0
+    tiles = table(tiles_of(runs, [(0, 192)] * len(runs), [run.width for run in runs], TILE.rows, TILE.columns))
+    stream = before.clone()
+    grouped_gemm(x, weight, bias, stream, tiles, tiling=TILE, residual=True, gain_R=gain)
+    for run in runs:
+        own = slice(run.start, run.stop)
+        product = x[own].double() @ (weight.values.double() * weight.scale_O[:, None]).T + bias
+        assert_near(stream[own], before[own] + gain[own, None] * product, torch.float16)
+
+
+@COUNTS
 def test_products_onto_the_first_features(counts):
     runs, rows = rows_of(counts)
     x, weight, bias = randn(rows, 192, dtype=torch.float16), randn(DIM, 192, dtype=torch.float16) / 14, randn(DIM)
     stream, gain = randn(rows, DIM), randn(rows)
     before = stream.clone()
     tiles = table(tiles_of(runs, [(0, run.width) for run in runs], [192] * len(runs), TILE.rows, TILE.columns))
-    grouped_gemm(x, weight, bias, stream, tiles, tiling=TILE, residual=True, gain_R=gain)
+    grouped_gemm(x, Factor(weight, None), bias, stream, tiles, tiling=TILE, residual=True, gain_R=gain)
     for run in runs:
         own, d = slice(run.start, run.stop), run.width
         product = x[own].double() @ weight[:d].double().T + bias[:d]
@@ -142,20 +160,25 @@ def test_attention_over_rows_in_any_order(num_slots, last_only, attending):
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 @pytest.mark.parametrize("width", [32, 48, 112])
-def test_mlp_of_a_narrow_expert(activation, width):
+@pytest.mark.parametrize("dtype", [torch.float16, EIGHT_BITS])
+def test_mlp_of_a_narrow_expert(activation, width, dtype):
     runs = runs_of(segments_of((0, 50, 0, 9), (16, width, 64, 128)), SEQUENCES)
     rows = num_rows(runs)
     run, half = runs[0], torch.float16
-    x, up, down = randn(rows, DIM, dtype=half), randn(256, DIM, dtype=half) / 8, randn(DIM, 256, dtype=half) / 16
+    x, up, down = randn(rows, DIM, dtype=dtype), randn(256, DIM, dtype=half) / 8, randn(DIM, 256, dtype=half) / 16
+    up, down = factor(up, dtype), factor(down, dtype)
     up_bias, down_bias, gain, stream = randn(256), randn(DIM), randn(rows), randn(rows, DIM)
     before = stream.clone()
     x[run.start : run.stop, run.width :] = 0
     narrow_mlp(x, up, up_bias, down, down_bias, stream, run, gain, tiling=TILE, activation=activation)
     own, d = slice(run.start, run.stop), run.width
-    hidden = x[own, :d].double() @ up[:, :d].double().T + up_bias
-    hidden = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
-    product = hidden @ down[:d].double().T + down_bias[:d]
-    assert_near(stream[own, :d], before[own, :d] + gain[own, None] * product, half)
+    up, down = (f.values.double() * (1 if f.scale_O is None else f.scale_O[:, None]) for f in (up, down))
+    hidden = x[own, :d].double() @ up[:, :d].T + up_bias
+    hidden = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none").to(dtype).double()
+    product = hidden @ down[:d].T + down_bias[:d]
+    error = (stream[own, :d] - before[own, :d] - gain[own, None] * product).norm() / product.norm()
+    # In 8 bits the two do not always round to the same side; the interpreter does not round at all.
+    assert error < (1e-3 if dtype == half else 0.02 if DEVICE.type == "cuda" else 0.1)
     assert torch.equal(stream[runs[1].start :], before[runs[1].start :])
 
 
@@ -174,7 +197,7 @@ GELU_ERRORS = {
 def test_forms_of_gelu_keep_their_bounds(form, scale):
     x, out = randn(128, 32) * scale, torch.empty(128, 32, device=DEVICE)
     eye, nothing, tiles = torch.eye(32, device=DEVICE), torch.zeros(32, device=DEVICE), table([(0, 0, 32)])
-    grouped_gemm(x, eye, nothing, out, tiles, tiling=Tiling(128, 32, 32, 4, 1), activation=form)
+    grouped_gemm(x, Factor(eye, None), nothing, out, tiles, tiling=Tiling(128, 32, 32, 4, 1), activation=form)
     fixed, relative = GELU_ERRORS[form]
     relative += 2e-3 if DEVICE.type == "cuda" else 0.0  # TF32
     exact = F.gelu(x.double(), approximate="tanh" if "tanh" in form else "none")
@@ -206,8 +229,8 @@ def test_error_of_fast_gelu_is_small_against_the_rounding_of_bfloat16():
 def test_parts_hold_a_width(width):
     parts = parts_of(width)
     assert width <= sum(parts) <= max(32, triton.next_power_of_2(width))
-    assert all(part == 0 or (part >= 16 and part & (part - 1) == 0) for part in parts)
-    assert parts == {48: (32, 16), 96: (64, 32), 112: (128, 0), 128: (128, 0)}.get(width, parts)
+    assert all(part == 0 or (part >= 32 and part & (part - 1) == 0) for part in parts)
+    assert parts == {16: (32, 0), 48: (64, 0), 96: (64, 32), 112: (128, 0), 128: (128, 0)}.get(width, parts)
 
 
 @pytest.mark.parametrize("cumulative", [False, True])

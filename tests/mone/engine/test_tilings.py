@@ -1,5 +1,7 @@
 """Defaults by card, and choices that are kept on disk."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -33,10 +35,10 @@ def own_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("capability", "room"), [((9, 0), 232448), ((8, 0), 166912), ((8, 9), 101376), ((12, 0), 0)])
 def test_defaults_leave_room_for_the_loads_of_products(capability, room):
-    for share in (0.2, 1.0):
-        tilings = default_tilings(capability, share)
+    for share, num_rows, eight_bits in itertools.product((0.2, 1.0), (3000, 50_000), (False, True)):
+        tilings = default_tilings(capability, share, num_rows, eight_bits=eight_bits)
         for tiling in tilings[:4]:
-            loads = tiling.stages * (tiling.rows + tiling.columns) * tiling.inner * 2
+            loads = tiling.stages * (tiling.rows + tiling.columns) * tiling.inner * (1 if eight_bits else 2)
             assert not room or loads < room
 
 
@@ -48,7 +50,7 @@ def test_a_choice_is_used_from_the_next_process_on():
     chosen.cache_clear()
     assert tilings_for(CPU, RUNS, 768) == ODD
     assert chosen() == {key: ODD, "another": before}
-    assert tilings_for(CPU, RUNS[-1:], 768) == default_tilings((0, 0), 1.0)
+    assert tilings_for(CPU, RUNS[-1:], 768) == default_tilings((0, 0), 1.0, 3000)
 
 
 def test_a_damaged_file_is_named():

@@ -8,7 +8,7 @@ from mone.engine.tuning import CANDIDATES, fastest
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_fastest_of_each_part_is_found(seed):
-    start = default_tilings((9, 0), 0.4)
+    start = default_tilings((9, 0), 0.4, 50_000)
     wanted = {part: candidates[(seed + 1) % len(candidates)] for part, candidates in CANDIDATES.items()}
     broken = {part: candidates[(seed + 2) % len(candidates)] for part, candidates in CANDIDATES.items()}
     told = []
@@ -26,5 +26,5 @@ def test_the_fastest_of_each_part_is_found(seed):
 
 
 def test_noise_changes_nothing():
-    start = default_tilings((9, 0), 1.0)
+    start = default_tilings((9, 0), 1.0, 50_000)
     assert fastest(lambda tilings: 1.0 if tilings == start else 0.999, start) == (start, 1.0)
