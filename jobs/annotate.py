@@ -28,6 +28,7 @@ from pipelines.annotate import Settings, write_annotations
 from pipelines.archive import ArchiveError
 from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.ledger import Totals, totals
+from pipelines.limits import DecoderChoice
 from pipelines.metrics import RunMetrics
 from pipelines.planning import MANIFEST_DIR, write_manifest
 from pipelines.retry import undo_failed
@@ -59,6 +60,10 @@ class Annotate(TokenArguments, LimitOptions, PlacementOptions):
     engine: Engine = "auto"
     """Code that runs the model's blocks, "reference" being the plainest; all compute the same but "fp8", which trades
     some exactness for time on GPUs from L4 and H100 on (docs/performance.md)."""
+    decoder: DecoderChoice = "auto"
+    """auto: from 500 clips on, NVDEC beside CPUs where a node has an NVIDIA GPU, the faster taking more. cpu: CPUs
+    alone, with the same bits in each run (NVDEC's differ by rounding). nvdec: NVDEC alone, CPUs only where it cannot.
+    The column `decoder` says who decoded a clip, `note` why another could not."""
     retry_failed: bool = False
     """Do the rows of an earlier run again that are not ok, beside what is new."""
     max_failed_share: float = 0.5
@@ -135,6 +140,7 @@ def check(config: Annotate) -> tuple[Checkpoint, Settings]:
         wanted=config.wanted(config.address),
         engine=config.engine,
         limits=config.limits(),
+        decoder=config.decoder,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from jobs.benchmarks.annotate import AnnotateSpeed
 from jobs.benchmarks.control import ControlPath
 from jobs.benchmarks.cpu import CpuSpeed
 from jobs.benchmarks.focus import Focus
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, Any] = {
     "precision": Precision,
     "focus": Focus,
     "pipeline": PipelineSpeed,
+    "annotate": AnnotateSpeed,
     "control": ControlPath,
 }
 

@@ -11,7 +11,7 @@ from mone.checkpoint import Checkpoint
 from mone.engine.choice import Engine
 from pipelines.commit import REMAINING_DIR, CommittedFiles, fence, withdraw, write_remaining
 from pipelines.ingest import read_manifest, tokenize_stage
-from pipelines.limits import DEFAULT_LIMITS, Limits
+from pipelines.limits import DEFAULT_LIMITS, DecoderChoice, Limits
 from pipelines.metrics import RunMetrics
 from pipelines.placement import ANY_DEVICE, Placement, Wanted, nodes_up, place
 from pipelines.planning import MANIFEST_DIR
@@ -33,6 +33,7 @@ class Settings:
         wanted: What the model's processes run on.
         engine: Which code runs the model's blocks.
         limits: What reading a video may take.
+        decoder: Whether a GPU decodes, beside CPUs or before them.
         run: The run's name, which its metrics are labelled with; "" records none.
     """
 
@@ -43,6 +44,7 @@ class Settings:
     wanted: Wanted = ANY_DEVICE
     engine: Engine = "auto"
     limits: Limits = DEFAULT_LIMITS
+    decoder: DecoderChoice = "auto"
     run: str = ""
 
 
@@ -90,6 +92,7 @@ def _annotate_remaining(
         settings.tokens,
         settings.limits,
         signatures,
+        decoder=settings.decoder,
         num_clips=num_clips,
         metrics=metrics,
         notices=Notices(output),

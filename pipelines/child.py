@@ -66,20 +66,24 @@ class Call(NamedTuple):
     memory_bytes: int
 
 
-def call(task: Call) -> Any:
+def call(task: Call, first: Call | None = None) -> Any:
     """Do one call, as `call_each`.
 
     Raises:
         Exception: What stands there in place of a result.
     """
-    (result,) = call_each([task])
+    (result,) = call_each([task], first)
     if isinstance(result, Exception):
         raise result
     return result
 
 
-def call_each(tasks: Sequence[Call]) -> Iterator[Any]:
+def call_each(tasks: Sequence[Call], first: Call | None = None) -> Iterator[Any]:
     """Do calls one after the other in this thread's child; it goes on with the next one while a result is used.
+
+    Args:
+        tasks: The calls.
+        first: What a new child does before, whatever comes of it. Memory that it has then counts against no call.
 
     Yields:
         For each call its result, or the exception that it raised, or `Killed`.
@@ -89,7 +93,7 @@ def call_each(tasks: Sequence[Call]) -> Iterator[Any]:
         child = getattr(_children, "child", None)
         # What earlier calls have leaked must not be held against the next.
         if child is None or not child.is_usable() or child.memory_bytes() > tasks[done].memory_bytes // 2:
-            child = _children.child = _Child()
+            child = _children.child = _started(first)
         try:
             for result in child.call_each(tasks[done:]):
                 done += 1
@@ -97,6 +101,16 @@ def call_each(tasks: Sequence[Call]) -> Iterator[Any]:
         except Killed as killed:
             done += 1
             yield killed
+
+
+def _started(first: Call | None) -> "_Child":
+    child = _Child()
+    if first is not None:
+        try:
+            child.prepare(first)
+        except Killed:
+            return _Child()
+    return child
 
 
 def num_children(num_files: int, most: int) -> int:
@@ -116,7 +130,7 @@ class _Child(Channel):
         super().__init__(connection, memory)
         self._board = waiting.Board(board)
         descriptors = (theirs.fileno(), memory, board, lifeline)
-        self._owner, self._is_busy = os.getpid(), False
+        self._owner, self._is_busy, self._held_bytes = os.getpid(), False, 0
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"from pipelines.child import _serve; _serve(*{descriptors}, {_PRELOADED})"],
             pass_fds=descriptors,
@@ -140,16 +154,23 @@ class _Child(Channel):
         return not self._is_busy and self._owner == os.getpid() and self._process.poll() is None
 
     def memory_bytes(self) -> int:
-        """Resident memory without shared pages: what it has allocated."""
+        """Resident memory without shared pages: what it has allocated since it was prepared."""
         with contextlib.suppress(OSError), open(f"/proc/{self._process.pid}/statm") as file:  # noqa: PTH123
             _, resident, shared, *_ = map(int, file.read().split())
-            return (resident - shared) * _PAGE_BYTES
+            return (resident - shared) * _PAGE_BYTES - self._held_bytes
         return 0
+
+    def prepare(self, task: Call) -> None:
+        """Do a call that counts as the child's start."""
+        for _ in self.call_each([task]):
+            pass
+        self._held_bytes = self.memory_bytes()
 
     def call_each(self, tasks: Sequence[Call]) -> Iterator[Any]:
         self._is_busy, self._task = True, tasks[0]
         try:
-            self.send([(task.function, task.arguments, task.memory_bytes + _ROOM_BYTES) for task in tasks])
+            room_bytes = self._held_bytes + _ROOM_BYTES
+            self.send([(task.function, task.arguments, task.memory_bytes + room_bytes) for task in tasks])
             for number, self._task in enumerate(tasks, start=1):
                 self._deadline_s = time.monotonic() + self._task.timeout_s
                 result = self.receive()

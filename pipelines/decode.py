@@ -1,5 +1,7 @@
 """From a file and spans of it to frames: PyAV first for H.264, else decord; the other one where the first cannot.
 
+Before both NVDEC has its turn, where a GPU is to decode and this process may use it (`pipelines.nvdec`).
+
 Frames are scaled in the decoder (bicubic, short side to the model's size) and cropped at the centre, the usual test
 view of video models. Neither decoder lives longer than one call: an idle decord reader decodes ahead without limit.
 
@@ -15,14 +17,18 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Self
+from typing import Protocol, Self
 
 import av.error
 import numpy as np
+from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 
+from pipelines import nvdec
 from pipelines.failure import DecodeFailure
+from pipelines.limits import DecoderChoice
 from pipelines.needed import CODECS, NotSure, can_skip, needed_frames
 from pipelines.probe import Damage, decode_frames, first_pts, open_video, tick_s
 from pipelines.schema import Status
@@ -81,8 +87,8 @@ class Served:
     """How a span was decoded.
 
     Attributes:
-        decoder: "decord" or "pyav".
-        note: What was unusual: why decord was passed over, damaged packets, instants past the last frame.
+        decoder: "decord", "pyav" or "nvdec".
+        note: What was unusual: why a decoder was passed over, damaged packets, instants past the last frame.
         repeated_share: Of the steps from one frame of the file to another, those at which no pixel changes: the scene
             stands still, or the decoder repeats a frame for one that it cannot decode.
     """
@@ -132,7 +138,7 @@ def decode_clips(
     reasons: list[str] = []
     for name in decoders or chain_of(source):
         try:
-            outcomes = DECODERS[name](source, spans, view)
+            outcomes = decoder_of(name)(source, spans, view)
         except DecoderUnfit as unfit:
             reasons.append(f"{name}: {unfit}")
         except DecodeFailure as failure:
@@ -221,22 +227,89 @@ def _fetch(
     return fetched
 
 
+class _Painter(Protocol):
+    """Makes pictures of frames."""
+
+    def paint(self, frame: VideoFrame) -> int:
+        """Take a frame; returns the number of its picture."""
+        ...
+
+    def pictures(self) -> Sequence[np.ndarray]:
+        """All pictures by number, uint8 RGB [H, W, 3]."""
+        ...
+
+
+class _Means(Protocol):
+    """What FFmpeg decodes with."""
+
+    def open(self, path: str) -> tuple[InputContainer, VideoStream]:
+        """As `open_video`."""
+        ...
+
+    def frames(self, stream: VideoStream, frames: Iterable[VideoFrame]) -> Iterable[VideoFrame]:
+        """Frames of a stream as they are."""
+        ...
+
+    def painter(self, view: View, codec: str) -> _Painter:
+        """For a video of a codec."""
+        ...
+
+
+class _CpuPainter:
+    def __init__(self, view: View) -> None:
+        self._view, self._pictures = view, list[np.ndarray]()
+        self._scaler = VideoReformatter()  # which prepares itself for a size once
+
+    def paint(self, frame: VideoFrame) -> int:
+        self._pictures.append(picture(frame, self._view, self._scaler))
+        return len(self._pictures) - 1
+
+    def pictures(self) -> Sequence[np.ndarray]:
+        return self._pictures
+
+
+class _Cpu:
+    def open(self, path: str) -> tuple[InputContainer, VideoStream]:
+        return open_video(path)
+
+    def frames(self, stream: VideoStream, frames: Iterable[VideoFrame]) -> Iterable[VideoFrame]:
+        return frames
+
+    def painter(self, view: View, codec: str) -> _Painter:
+        return _CpuPainter(view)
+
+
 def _decode_pyav(source: Source, spans: Sequence[tuple[float, float]], view: View) -> list[Outcome]:
+    return _decode_av(source, spans, view, _Cpu(), "pyav")
+
+
+def _decode_nvdec(source: Source, spans: Sequence[tuple[float, float]], view: View) -> list[Outcome]:
+    try:
+        return _decode_av(source, spans, view, nvdec.hardware(), NVDEC)
+    except (nvdec.Unfit, DecodeFailure, MemoryError) as error:  # a CPU may do better, and knows better why not
+        raise DecoderUnfit(str(error)) from error
+
+
+def _decode_av(
+    source: Source, spans: Sequence[tuple[float, float]], view: View, means: _Means, name: str
+) -> list[Outcome]:
     """One pass over the file for all spans, from the first of them on."""
     times_s = np.concatenate([instants(*span, view.num_frames) for span in spans])
     order = np.argsort(times_s, kind="stable")
     try:
-        passed = _quick_pass(source, times_s[order], view)
+        passed = _quick_pass(source, times_s[order], view, means)
         if passed is None:
-            passed = _pass(source, times_s[order], view, seek_s=min(start_s for start_s, _ in spans))
+            passed = _pass(source, times_s[order], view, means, seek_s=min(start_s for start_s, _ in spans))
         if passed.late:  # the container cannot seek exactly
-            passed = _pass(source, times_s[order], view, seek_s=0.0)
+            passed = _pass(source, times_s[order], view, means, seek_s=0.0)
     except (av.error.FFmpegError, ValueError) as error:
         raise DecodeFailure(Status.DECODE_ERROR, str(error)) from error
+    if passed.damages and name == NVDEC:  # which says nothing of damages inside a frame
+        raise DecoderUnfit("what is damaged is left to CPUs")
     pictures = dict(zip(order.tolist(), passed.pictures, strict=False))
     clips = range(0, len(times_s), view.num_frames)
     return [
-        _assemble(span, [pictures.get(first + i) for i in range(view.num_frames)], passed)
+        _assemble(span, [pictures.get(first + i) for i in range(view.num_frames)], passed, name)
         for span, first in zip(spans, clips, strict=True)
     ]
 
@@ -252,30 +325,34 @@ class _Pass:
     late: bool  # after a seek, the first frame came after the first instant
 
 
-def _quick_pass(source: Source, times_s: np.ndarray, view: View) -> _Pass | None:
+def _quick_pass(source: Source, times_s: np.ndarray, view: View, means: _Means) -> _Pass | None:
     """The pass with what is needed for it alone; None where that cannot be told."""
-    container, stream = open_video(source.path)
+    container, stream = means.open(source.path)
     with container:
         if not can_skip(container, stream):
             return None
-        frames = _timed(needed_frames(container, stream, times_s), first_pts(stream), tick_s(stream), [])
+        painter, needed = (
+            means.painter(view, source.codec),
+            means.frames(stream, needed_frames(container, stream, times_s)),
+        )
+        frames = _timed(needed, first_pts(stream), tick_s(stream), [])
         try:
-            pictures, _, end_s = _pick(frames, times_s, view)
+            pictures, _, end_s = _pick(frames, times_s, painter)
         except NotSure:
             return None
     return _Pass(pictures=pictures, end_s=end_s, damages=[], key_times_s=[], late=False)
 
 
-def _pass(source: Source, times_s: np.ndarray, view: View, *, seek_s: float) -> _Pass:
-    container, stream = open_video(source.path)
+def _pass(source: Source, times_s: np.ndarray, view: View, means: _Means, *, seek_s: float) -> _Pass:
+    container, stream = means.open(source.path)
     with container:
         zero, tick = first_pts(stream), tick_s(stream)
         if seek_s > 0:
             container.seek(zero + int(seek_s / tick), stream=stream)
         damages: list[Damage] = []
         key_times_s: list[float] = []
-        frames = _timed(decode_frames(container, stream, damages), zero, tick, key_times_s)
-        pictures, first_s, end_s = _pick(frames, times_s, view)
+        frames = _timed(means.frames(stream, decode_frames(container, stream, damages)), zero, tick, key_times_s)
+        pictures, first_s, end_s = _pick(frames, times_s, means.painter(view, source.codec))
         late = seek_s > 0 and (first_s is None or first_s > times_s[0] + 1e-3)
         return _Pass(
             pictures=pictures,
@@ -298,35 +375,35 @@ def _timed(
 
 
 def _pick(
-    frames: Iterable[tuple[float, VideoFrame]], times_s: np.ndarray, view: View
+    frames: Iterable[tuple[float, VideoFrame]], times_s: np.ndarray, painter: _Painter
 ) -> tuple[list[np.ndarray], float | None, float]:
     """The picture on display at each instant, as far as the frames go; time of the first frame; end of the last.
 
-    Holds one frame at a time; only those on display are converted. An instant before the first frame shows the first.
+    Holds one frame at a time; only those on display become pictures. An instant before the first frame shows the first.
     """
     limits_s = (times_s + 1e-3).tolist()
-    pictures: list[np.ndarray] = []
+    shown: list[int] = []  # numbers of pictures
     current: VideoFrame | None = None
-    scaler = VideoReformatter()  # which prepares itself for a size once
     first_s, end_s = None, 0.0
     for time_s, frame in frames:
         first_s = time_s if first_s is None else first_s
         until = bisect_left(limits_s, time_s)
         if current is not None:
-            _show(current, until - len(pictures), pictures, view, scaler)
+            _show(current, until - len(shown), shown, painter)
         current = frame
         end_s = max(end_s, time_s + float((frame.duration or 0) * (frame.time_base or 0)))
-        if until == len(times_s) == len(pictures):
+        if until == len(times_s) == len(shown):
             break
     if current is not None:
-        _show(current, int((times_s < end_s + 1e-3).sum()) - len(pictures), pictures, view, scaler)
-    return pictures, first_s, end_s
+        _show(current, int((times_s < end_s + 1e-3).sum()) - len(shown), shown, painter)
+    pictures = painter.pictures()
+    return [pictures[number] for number in shown], first_s, end_s
 
 
-def _show(frame: VideoFrame, times: int, pictures: list[np.ndarray], view: View, scaler: VideoReformatter) -> None:
+def _show(frame: VideoFrame, times: int, shown: list[int], painter: _Painter) -> None:
     """Append a frame's picture as often as it is on display."""
     if times > 0:
-        pictures.extend([picture(frame, view, scaler)] * times)
+        shown.extend([painter.paint(frame)] * times)
 
 
 def picture(frame: VideoFrame, view: View, scaler: VideoReformatter | None = None) -> np.ndarray:
@@ -341,7 +418,7 @@ def picture(frame: VideoFrame, view: View, scaler: VideoReformatter | None = Non
     return view.crop(np.rot90(scaled.to_ndarray(), turns))
 
 
-def _assemble(span: tuple[float, float], pictures: list[np.ndarray | None], passed: _Pass) -> Outcome:
+def _assemble(span: tuple[float, float], pictures: list[np.ndarray | None], passed: _Pass, decoder: str) -> Outcome:
     shown = [picture for picture in pictures if picture is not None]
     # A lost packet spoils every frame that is predicted from it, up to the next key frame.
     clean_s = max((time_s for time_s in passed.key_times_s if time_s <= span[0]), default=0.0)
@@ -354,7 +431,7 @@ def _assemble(span: tuple[float, float], pictures: list[np.ndarray | None], pass
         notes.append(f"partial: {len(damages)} damaged packets skipped ({damages[0].reason})")
     padded = shown + [shown[-1]] * (len(pictures) - len(shown))
     index_T = np.array([id(picture) for picture in padded])  # a frame on display for long is one picture
-    return _clip(np.stack(padded), index_T, "pyav", "; ".join(filter(None, notes)))
+    return _clip(np.stack(padded), index_T, decoder, "; ".join(filter(None, notes)))
 
 
 def _nothing_there(span: tuple[float, float], end_s: float) -> DecodeFailure:
@@ -374,10 +451,19 @@ def _decord_reason(error: BaseException) -> str:
     return first.rsplit("] ", 1)[-1].split(": ", 1)[-1][:120] or type(error).__name__
 
 
+# On CPUs.
 DECODERS: dict[str, Decoder] = {"decord": _decode_decord, "pyav": _decode_pyav}
+NVDEC = "nvdec"
 
 
-def chain_of(source: Source) -> list[str]:
+def decoder_of(name: str) -> Decoder:
+    """A decoder by its name."""
+    return _decode_nvdec if name == NVDEC else DECODERS[name]
+
+
+def chain_of(source: Source, choice: DecoderChoice = "cpu") -> list[str]:
     """Decoders in the order in which they have their turn: first PyAV where it decodes only what is needed."""
     names = list(DECODERS)
-    return names[::-1] if source.container in _DECORD_CONTAINERS and source.codec in CODECS else names
+    if source.container in _DECORD_CONTAINERS and source.codec in CODECS:
+        names.reverse()
+    return [NVDEC, *names] if choice == "nvdec" or (choice == "auto" and nvdec.is_ready()) else names

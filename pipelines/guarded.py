@@ -52,7 +52,11 @@ def probe_guarded(path: str, size_bytes: int, limits: Limits = DEFAULT_LIMITS) -
 
 
 def decode_guarded(
-    requests: Sequence[Request], view: View, limits: Limits = DEFAULT_LIMITS, decode: Decode[T] = decode_clips
+    requests: Sequence[Request],
+    view: View,
+    limits: Limits = DEFAULT_LIMITS,
+    decode: Decode[T] = decode_clips,
+    first: Call | None = None,
 ) -> Iterator[Decoded[T]]:
     """As `decode_clips` for each request in turn, under limits; the next one is decoded while a result is used.
 
@@ -64,13 +68,14 @@ def decode_guarded(
         view: Frames and size wanted.
         limits: For each file.
         decode: What is done with a file, in a process that can be killed.
+        first: What such a process does before.
     """
     step = limits.clips_at_once(view)
     pieces = [
-        [_Piece(source, spans[start : start + step], view, limits, decode) for start in range(0, len(spans), step)]
+        [_Piece(source, spans[at : at + step], view, limits, decode, first) for at in range(0, len(spans), step)]
         for source, spans in requests
     ]
-    results = call_each([piece.task() for of_request in pieces for piece in of_request])
+    results = call_each([piece.task() for of_request in pieces for piece in of_request], first)
     for of_request in pieces:
         parts = [piece.settled(next(results)) for piece in of_request]
         yield Decoded([outcome for part in parts for outcome in part.outcomes], sum(part.decode_s for part in parts))
@@ -85,6 +90,7 @@ class _Piece(Generic[T]):
     view: View
     limits: Limits
     decode: Decode[T]
+    first: Call | None = None
 
     def task(self, decoders: Sequence[str] = ()) -> Call:
         arguments = (self.decode, self.source, self.spans, self.view, decoders)
@@ -103,7 +109,7 @@ class _Piece(Generic[T]):
 
     def _by_last_decoder(self) -> list[T | DecodeFailure]:
         try:
-            return call(self.task(chain_of(self.source)[-1:])).outcomes
+            return call(self.task(chain_of(self.source)[-1:]), self.first).outcomes
         except Killed as killed:
             if len(self.spans) == 1:
                 return [DecodeFailure(killed.status, f"decoding {killed}")]

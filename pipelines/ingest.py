@@ -11,12 +11,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from ray.data import Dataset
+from ray.data import Dataset, TaskPoolStrategy
 
 from mone.config import ModelConfig
-from pipelines.limits import DEFAULT_LIMITS, Limits
+from pipelines.limits import DEFAULT_LIMITS, DecoderChoice, Limits
 from pipelines.manifest import plan_video
 from pipelines.metrics import SILENT, RunMetrics
+from pipelines.nvdec import SLOTS_PER_GPU
 from pipelines.placement import nodes_up, task_memory
 from pipelines.planning import manifest_table
 from pipelines.schema import DECODED, MANIFEST
@@ -50,6 +51,10 @@ _TASKS_PER_CORE, _FEWEST_CLIPS = 8, 4
 DECODE_CPUS = 0.5
 # Heap of a decoding task and its child. Ray cannot see heap, so it is asked for.
 DECODE_MEMORY_BYTES = DEFAULT_LIMITS.memory_bytes
+
+
+# Clips for which "auto" has processes start to use a GPU, for some seconds each, in which cores do some hundred.
+FEWEST_CLIPS_FOR_GPU = 500
 
 
 def read_manifest(folder: Path) -> Dataset:
@@ -89,11 +94,17 @@ def tokenize_stage(
     limits: Limits = DEFAULT_LIMITS,
     signatures: Signatures = UNSIGNED,
     *,
+    decoder: DecoderChoice = "cpu",
     num_clips: int | None = None,
     metrics: RunMetrics = SILENT,
     notices: Notices | None = None,
 ) -> Dataset:
-    """MANIFEST rows -> DECODED rows, on CPUs; how many rows there are, if it is known, decides how they are shared."""
+    """MANIFEST rows -> DECODED rows; how many rows there are, if it is known, decides how they are shared.
+
+    A GPU that decodes is no resource of Ray's: a task that gets one of the host's few slots for it decodes there, the
+    others on their CPUs, so that whoever is faster takes more (`pipelines.nvdec`).
+    """
+    decoder = worth_starting(decoder, num_clips)
     return manifest.repartition(target_num_rows_per_block=clips_per_task(num_clips)).map_batches(
         functools.partial(
             _tokenize,
@@ -101,15 +112,29 @@ def tokenize_stage(
             options=options,
             limits=limits,
             signatures=signatures,
+            decoder=decoder,
             metrics=metrics,
             notices=notices,
         ),
         batch_size=None,
         batch_format="pyarrow",
+        compute=_pool(decoder),
         num_cpus=DECODE_CPUS,
         # What a limit allows beyond that is rarely needed.
         memory=task_memory(min(limits.memory_bytes, DECODE_MEMORY_BYTES), nodes_up()),
     )
+
+
+def worth_starting(decoder: DecoderChoice, num_clips: int | None) -> DecoderChoice:
+    """Who decodes so many clips: of few, CPUs are done before a GPU has started."""
+    few = num_clips is not None and num_clips < FEWEST_CLIPS_FOR_GPU
+    return "cpu" if decoder == "auto" and few else decoder
+
+
+def _pool(decoder: DecoderChoice) -> TaskPoolStrategy | None:
+    """As many tasks as slots where GPUs alone are to decode."""
+    num_gpus = int(sum(node.gpus for node in nodes_up())) if decoder == "nvdec" else 0
+    return TaskPoolStrategy(num_gpus * SLOTS_PER_GPU) if num_gpus else None
 
 
 def clips_per_task(num_clips: int | None) -> int:
@@ -125,6 +150,7 @@ def _tokenize(
     options: TokenOptions,
     limits: Limits,
     signatures: Signatures,
+    decoder: DecoderChoice,
     metrics: RunMetrics,
     notices: Notices | None,
 ) -> Iterator[pa.Table]:
@@ -133,6 +159,6 @@ def _tokenize(
     for start in range(0, len(manifest), CLIPS_TOGETHER):
         clips = manifest.slice(start, CLIPS_TOGETHER)
         with told(notices.post) if notices else patiently():
-            decoded = tokenize_table(signatures.sign_table(clips), config, options, limits)
+            decoded = tokenize_table(signatures.sign_table(clips), config, options, limits, decoder)
         metrics.decoded(decoded, config.num_frames)
         yield decoded.set_column(place, DECODED.field(place), clips["video"])

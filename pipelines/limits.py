@@ -1,13 +1,16 @@
-"""What reading a video may take: time that grows with the work, and memory."""
+"""Who reads a video, and what that may take: time that grows with the work, and memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pipelines.view import View
 
 if TYPE_CHECKING:  # the command line knows limits, and no decoder
     from pipelines.decode import Source
+
+# "auto": a GPU decodes beside CPUs, where there is one. "nvdec": it decodes what it can, CPUs the rest.
+DecoderChoice = Literal["auto", "cpu", "nvdec"]
 
 # What a slow disk reads in a second: a file without an index is read to its end.
 _BYTES_PER_S = 20 << 20

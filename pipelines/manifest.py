@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from pipelines.archive import Video
+from pipelines.child import Call
 from pipelines.decode import Outcome, Source, decode_clips
 from pipelines.failure import DecodeFailure
 from pipelines.guarded import Decode, Decoded, Request, T, decode_guarded, probe_guarded
@@ -87,7 +88,11 @@ def decode_planned(
 
 
 def decode_videos(
-    clips: Iterable[PlannedClip], view: View, limits: Limits = DEFAULT_LIMITS, decode: Decode[T] = decode_clips
+    clips: Iterable[PlannedClip],
+    view: View,
+    limits: Limits = DEFAULT_LIMITS,
+    decode: Decode[T] = decode_clips,
+    first: Call | None = None,
 ) -> Iterator[tuple[list[PlannedClip], Decoded[T]]]:
     """As `decode_planned`, video by video: its clips and their outcomes; the next is decoded while one is used.
 
@@ -99,7 +104,7 @@ def decode_videos(
         for same_video, failure in videos
         if failure is None
     ]
-    decoded = decode_guarded(requests, view, limits, decode)
+    decoded = decode_guarded(requests, view, limits, decode, first)
     for same_video, failure in videos:
         yield same_video, next(decoded) if failure is None else Decoded([failure] * len(same_video), 0.0)
 

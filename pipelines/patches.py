@@ -8,8 +8,9 @@ import numpy as np
 from mone.config import ModelConfig
 from mone.static import kept_patches
 from mone.tubelets import to_patches
-from pipelines.decode import Clip, Served, Source, decode_clips
+from pipelines.decode import Clip, Served, Source, chain_of, decode_clips
 from pipelines.failure import DecodeFailure
+from pipelines.limits import DecoderChoice
 from pipelines.view import TokenOptions, View
 
 
@@ -34,13 +35,14 @@ def view_of(config: ModelConfig, views: int = 1) -> View:
 def decode_patches(
     config: ModelConfig,
     options: TokenOptions,
+    decoder: DecoderChoice,
     source: Source,
     spans: Sequence[tuple[float, float]],
     view: View,
     decoders: Sequence[str],
 ) -> list[Patches | DecodeFailure]:
-    """As `decode_clips`, its frames cut into the patches of a model."""
-    outcomes = decode_clips(source, spans, view, decoders)
+    """As `decode_clips`, its frames cut into the patches of a model; `decoder` decides where no chain is given."""
+    outcomes = decode_clips(source, spans, view, decoders or chain_of(source, decoder))
     cut: list[Patches | DecodeFailure] = []
     for outcome in outcomes[::-1]:
         outcomes.pop()  # frames go as their patches come

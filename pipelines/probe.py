@@ -9,6 +9,7 @@ from typing import NamedTuple
 import av
 import av.error
 from av import logging
+from av.codec.hwaccel import HWAccel
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -70,14 +71,20 @@ def _local_identity(path: str) -> tuple[int, str]:
     return stat.st_size, str(stat.st_mtime_ns)
 
 
-def open_video(path: str) -> tuple[InputContainer, VideoStream]:
+def open_video(path: str, hwaccel: HWAccel | None = None) -> tuple[InputContainer, VideoStream]:
     """Open a file at its best video stream.
+
+    Args:
+        path: Of the file, or its address.
+        hwaccel: What decodes; by default a CPU.
 
     Raises:
         DecodeFailure: Not a video, no video stream, or frames too large.
     """
     try:
-        container = av.open(RangedFile(path) if is_remote(path) else path, "r", metadata_errors="ignore")
+        container = av.open(
+            RangedFile(path) if is_remote(path) else path, "r", metadata_errors="ignore", hwaccel=hwaccel
+        )
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise DecodeFailure(Status.DECODE_ERROR, f"cannot open: {_reason(error)}") from error
     try:

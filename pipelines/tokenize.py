@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from mone.config import ModelConfig
+from pipelines import nvdec
 from pipelines.failure import DecodeFailure
-from pipelines.limits import DEFAULT_LIMITS, Limits
+from pipelines.limits import DEFAULT_LIMITS, DecoderChoice, Limits
 from pipelines.manifest import decode_videos
 from pipelines.patches import Patches, decode_patches, view_of
 from pipelines.schema import DECODED, PlannedClip
@@ -24,6 +25,7 @@ def tokenize_table(
     config: ModelConfig,
     options: TokenOptions = WHOLE_CLIPS,
     limits: Limits = DEFAULT_LIMITS,
+    decoder: DecoderChoice = "cpu",
 ) -> pa.Table:
     """Decode and cut planned clips: MANIFEST rows to DECODED rows, one for one, in order.
 
@@ -35,11 +37,13 @@ def tokenize_table(
         config: The model whose patches are wanted.
         options: Views, and whether static patches are dropped.
         limits: Of each video.
+        decoder: Whether a GPU decodes, too.
     """
     clips = [PlannedClip(**row) for row in manifest.to_pylist()]
-    decode = functools.partial(decode_patches, config, options)
+    decode = functools.partial(decode_patches, config, options, decoder)
+    first = None if decoder == "cpu" else nvdec.PREPARATION
     rows, patches, kept = [], [], []
-    for same_video, decoded in decode_videos(clips, view_of(config, options.views), limits, decode):
+    for same_video, decoded in decode_videos(clips, view_of(config, options.views), limits, decode, first):
         decode_ms = decoded.decode_s * 1e3 / len(same_video)
         for clip, outcome in zip(same_video, decoded.outcomes, strict=True):
             rows.append(_row(clip, outcome) | {"decode_ms": decode_ms})

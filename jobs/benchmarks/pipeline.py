@@ -133,18 +133,13 @@ class PipelineSpeed:
         if self.scale:
             return [_scale_case(count, self._config(checkpoint), folder, self.keep) for count in _SCALES]
         span_s = self.span if checkpoint is None else checkpoint.config.span_s
-        plans = {
-            "sparse": ClipPlan(span_s=span_s, clips_per_video=_SPARSE_CLIPS),
-            "dense": ClipPlan(span_s=span_s),
-        }
         return [
-            Case(name, sampling, planned(paths, plans[sampling], folder))
+            Case(name, sampling, planned(paths, clip_plan(sampling, span_s), folder))
             for name, paths in self._paths(folder)
             for sampling in self.sampling
         ]
 
     def _paths(self, folder: Path) -> Iterator[tuple[str, list[str]]]:
-        from jobs.benchmarks.videos import write_videos
         from pipelines.archive import list_videos
 
         if self.data:
@@ -156,9 +151,7 @@ class PipelineSpeed:
             return
         where = Path(self.keep).resolve() if self.keep else folder / "videos"
         for height_px in tqdm(self.resolution, "make videos", unit="resolution"):
-            width_px = height_px * 16 // 9 // 4 * 4
-            sizes = {"width_px": width_px, "height_px": height_px, "duration_s": self.duration}
-            yield f"{height_px}p", [str(path) for path in write_videos(where, self.videos, **sizes)]
+            yield f"{height_px}p", made_videos(where, self.videos, height_px, self.duration)
 
     def _rows(self, cases: list[Case], checkpoint: Checkpoint | None) -> list[dict[str, Any]]:
         from jobs.benchmarks.sides import Decoders
@@ -215,6 +208,20 @@ class PipelineSpeed:
             more = of_case["clips"] - before["clips"]
             of_case["ms_per_more_clip"] = (of_case["seconds"] - before["seconds"]) / more * 1e3
         return rows
+
+
+def clip_plan(sampling: Sampling, span_s: float) -> ClipPlan:
+    """Clips of a way to sample a video."""
+    return ClipPlan(span_s=span_s, clips_per_video=_SPARSE_CLIPS if sampling == "sparse" else 0)
+
+
+def made_videos(folder: Path, count: int, height_px: int, duration_s: float) -> list[str]:
+    """Videos of 16:9, made where they are not there."""
+    from jobs.benchmarks.videos import write_videos
+
+    width_px = height_px * 16 // 9 // 4 * 4
+    paths = write_videos(folder, count, width_px=width_px, height_px=height_px, duration_s=duration_s)
+    return [str(path) for path in paths]
 
 
 def _scale_case(count: int, config: ModelConfig, folder: Path, keep: str) -> Case:

@@ -6,8 +6,9 @@ Each hands all frames to one consumer that drops them.
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.pool import Pool
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,11 +16,14 @@ import ray.data
 
 from mone.checkpoint import Checkpoint
 from mone.config import ModelConfig
+from pipelines import nvdec
 from pipelines.annotate import model_stage
-from pipelines.decode import Clip, Source, decode_clips
+from pipelines.decode import Clip, Source, chain_of, decode_clips
 from pipelines.ingest import tokenize_stage
+from pipelines.limits import DecoderChoice
 from pipelines.manifest import by_video, source_of
 from pipelines.patches import view_of
+from pipelines.placement import Placement
 from pipelines.predict import Annotator
 from pipelines.schema import MANIFEST, PlannedClip, Status
 from pipelines.timeline import instants
@@ -30,10 +34,19 @@ _CLIPS_AT_ONCE = 8
 
 
 class Done(NamedTuple):
-    """What came out of a side: frames of each clip, and clips that failed."""
+    """What came out of a side: frames of each clip, and clips that failed.
+
+    Attributes:
+        frames: By clip.
+        failed: Clips.
+        decoders: Clips by their decoder; where a side tells.
+        model_s: Seconds of the model; where there is one.
+    """
 
     frames: Counter[str]
     failed: int
+    decoders: Mapping[str, int] = MappingProxyType({})
+    model_s: float = 0.0
 
 
 def ours(manifest: str, config: ModelConfig) -> Done:
@@ -51,23 +64,39 @@ def ours(manifest: str, config: ModelConfig) -> Done:
     return Done(frames, failed)
 
 
-def annotated(manifest: str, checkpoint: Checkpoint, capacity: float) -> Done:
+def annotated(
+    manifest: str,
+    checkpoint: Checkpoint,
+    capacity: float,
+    *,
+    decoder: DecoderChoice = "cpu",
+    batch_size: int = 0,
+    placement: Placement | None = None,
+) -> Done:
     """The annotation graph up to its rows: decoding and the model."""
-    rows = model_stage(_decoded(manifest, checkpoint.config), Annotator, (checkpoint, capacity, 5))
-    frames: Counter[str] = Counter()
-    failed = 0
+    rows = model_stage(
+        _decoded(manifest, checkpoint.config, decoder),
+        Annotator,
+        (checkpoint, capacity, 5),
+        batch_size=batch_size,
+        placement=placement,
+    )
+    frames, decoders = Counter[str](), Counter[str]()
+    failed, model_s = 0, 0.0
     table: Any
     for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
         for clip_id, status in zip(table["clip_id"].to_pylist(), table["status"].to_pylist(), strict=True):
             is_ok = status == Status.OK
             frames[clip_id] += checkpoint.config.num_frames * is_ok
             failed += not is_ok
-    return Done(frames, failed)
+        decoders.update(table["decoder"].to_pylist())
+        model_s += sum(table["model_ms"].to_pylist()) / 1e3
+    return Done(frames, failed, decoders, model_s)
 
 
-def _decoded(manifest: str, config: ModelConfig) -> ray.data.Dataset:
+def _decoded(manifest: str, config: ModelConfig, decoder: DecoderChoice = "cpu") -> ray.data.Dataset:
     planned = ray.data.read_parquet(manifest, schema=MANIFEST)
-    return tokenize_stage(planned, config, WHOLE_CLIPS, num_clips=planned.count())
+    return tokenize_stage(planned, config, WHOLE_CLIPS, decoder=decoder, num_clips=planned.count())
 
 
 def read_videos(clips: Sequence[PlannedClip], view: View, *, resize_in_reader: bool) -> Done:
@@ -131,16 +160,18 @@ class _Pick:
 class Decoders:
     """The limit: processes that decode and drop, as many as cores, with neither Ray nor tokens nor a consumer."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, choice: DecoderChoice = "cpu") -> None:
         """Start them."""
+        self._choice: DecoderChoice = choice
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        self._pool: Pool = multiprocessing.get_context("spawn").Pool(count)
+        start = None if choice == "cpu" else nvdec.prepare
+        self._pool: Pool = multiprocessing.get_context("spawn").Pool(count, start)
         self._pool.map(_warm_up, range(count), chunksize=1)
 
     def decode(self, clips: Sequence[PlannedClip], config: ModelConfig) -> Done:
         """Decode all clips; a process that has done its part takes the next."""
         view, frames, failed = view_of(config), Counter(), 0
-        work = [(source, ids, spans, view) for source, ids, spans in _requests(clips)]
+        work: list[_Work] = [(source, ids, spans, view, self._choice) for source, ids, spans in _requests(clips)]
         for shown in self._pool.imap_unordered(_decode, work, chunksize=1):
             frames.update(shown)
             failed += sum(count == 0 for count in shown.values())
@@ -160,9 +191,12 @@ def _requests(clips: Sequence[PlannedClip]) -> Iterator[tuple[Source, list[str],
             yield source_of(of_video[0]), ids, spans
 
 
-def _decode(work: tuple[Source, list[str], list[tuple[float, float]], View]) -> dict[str, int]:
-    source, ids, spans, view = work
-    outcomes = decode_clips(source, spans, view)
+_Work = tuple[Source, list[str], list[tuple[float, float]], View, DecoderChoice]
+
+
+def _decode(work: _Work) -> dict[str, int]:
+    source, ids, spans, view, choice = work
+    outcomes = decode_clips(source, spans, view, chain_of(source, choice))
     return {
         clip_id: len(outcome.frames_THWC) if isinstance(outcome, Clip) else 0
         for clip_id, outcome in zip(ids, outcomes, strict=True)

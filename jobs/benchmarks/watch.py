@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,42 @@ class Memory:
         self.largest = max([self.largest, *sizes])
         self.together = max(self.together, sum(sizes))
         self.spilled = max(self.spilled, _spilled_bytes(session))
+
+
+class Gpu:
+    """What nvidia-smi says of all GPUs, on average; None where it says nothing.
+
+    Attributes:
+        gpu_share: Share of the time in which any kernel ran, of whichever process.
+        nvdec_share: Share in which the decoders were busy.
+    """
+
+    gpu_share: float | None = None
+    nvdec_share: float | None = None
+
+
+@contextlib.contextmanager
+def gpu_watched(every_ms: int = 200) -> Iterator[Gpu]:
+    """Ask again and again while the block runs; the answer is there after it."""
+    gpu = Gpu()
+    query = [
+        "--query-gpu=utilization.gpu,utilization.decoder",
+        "--format=csv,noheader,nounits",
+        f"--loop-ms={every_ms}",
+    ]
+    try:
+        process = subprocess.Popen(["nvidia-smi", *query], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        yield gpu
+        return
+    try:
+        yield gpu
+    finally:
+        process.terminate()
+        lines = [line.split(",") for line in process.communicate()[0].splitlines()]
+        said = [(int(first), int(second)) for first, second in (line for line in lines if len(line) == 2)]
+        if said:
+            gpu.gpu_share, gpu.nvdec_share = (sum(column) / len(said) / 100 for column in zip(*said, strict=True))
 
 
 def below(root: int) -> list[int]:

@@ -88,8 +88,8 @@ def check_gpus(facts: Mapping[str, NodeFacts], resources: Mapping[str, NodeResou
             message = f"Triton kernels fail on {node}, the model runs slower: {found.kernels}"
             findings.append(_warning("triton", message, "Triton needs an Ampere GPU or newer and a C compiler (gcc)"))
         if found.nvdec:
-            message = f"no hardware decoding on {node}, CPUs decode: {found.nvdec}"
-            findings.append(_warning("nvdec", message, "pip install '.[nvdec]' (x86_64)"))
+            message = f"NVDEC does not decode on {node}, CPUs do: {found.nvdec}"
+            findings.append(_warning("nvdec", message, "give its containers NVIDIA_DRIVER_CAPABILITIES=video"))
     names = [name for found in facts.values() for name in found.gpus]
     shown = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
     return worst("gpu", shown or "none, the model runs on CPUs", findings)

@@ -1,6 +1,5 @@
 """What a node says of itself: runs there, and returns plain values."""
 
-import importlib
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,7 +21,7 @@ class NodeFacts:
         gpus: Names of those that torch sees.
         cuda: torch on each of them; "" where there are none.
         kernels: The model's Triton kernels on the first; "" where there is none.
-        nvdec: Import of NVIDIA's decoder; "" where there is no GPU.
+        nvdec: NVDEC, with the same clip; "" where there is no GPU.
         shared_memory_bytes: Size of /dev/shm; 0 where there is none.
     """
 
@@ -42,11 +41,11 @@ def examine() -> NodeFacts:
     count = torch.cuda.device_count()
     return NodeFacts(
         versions=versions(),
-        decoders=_try_decoders(),
+        decoders=_try_decoders(["decord", "pyav"]),
         gpus=tuple(torch.cuda.get_device_name(index) for index in range(count)),
         cuda=_reason(lambda: _multiply(count)),
         kernels=_reason(lambda: try_kernels("cuda")) if count else "",
-        nvdec=_reason(lambda: importlib.import_module("PyNvVideoCodec")) if count else "",
+        nvdec=_try_decoders(["nvdec"])["nvdec"] if count else "",
         shared_memory_bytes=_shared_memory_bytes(),
     )
 
@@ -60,11 +59,11 @@ def _reason(attempt: Callable[[], object]) -> str:
     return ""
 
 
-def _try_decoders() -> dict[str, str]:
-    """Make a clip and decode it with each decoder."""
+def _try_decoders(names: list[str]) -> dict[str, str]:
+    """Make a clip and decode it with each of some decoders."""
     try:
         from pipelines.archive import Video
-        from pipelines.decode import DECODERS, Clip
+        from pipelines.decode import Clip, decoder_of
         from pipelines.manifest import plan_video, source_of
         from pipelines.synthetic import render, write_clip
         from pipelines.timeline import ClipPlan
@@ -77,13 +76,13 @@ def _try_decoders() -> dict[str, str]:
             view = View(num_frames=_NUM_FRAMES, height_px=_SIZE_PX, width_px=_SIZE_PX)
 
             def decode(name: str) -> None:
-                (outcome,) = DECODERS[name](source_of(planned), [(planned.start_s, planned.end_s)], view)
+                (outcome,) = decoder_of(name)(source_of(planned), [(planned.start_s, planned.end_s)], view)
                 if not isinstance(outcome, Clip):
                     raise outcome
 
-            return {name: _reason(lambda name=name: decode(name)) for name in DECODERS}
+            return {name: _reason(lambda name=name: decode(name)) for name in names}
     except Exception as error:  # an import that fails is what we are here to find
-        return {"all": f"{type(error).__name__}: {error}"}
+        return dict.fromkeys(names, f"{type(error).__name__}: {error}")
 
 
 def _multiply(num_gpus: int) -> None:

@@ -342,6 +342,38 @@ def test_bad_options_of_pipeline(refused, options, names):
 @pytest.mark.parametrize(
     ("options", "names"),
     [
+        (["--videos", "1"], "--videos"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--resolution"], "--resolution"),
+        (["--resolution", "30"], "--resolution"),
+        (["--duration", "nan"], "--duration"),
+        (["--decoder", "gpu"], "--decoder"),
+        (["--decoder", "nvdec", "--device", "cpu"], "--decoder nvdec needs a GPU"),
+        (["--decoder", "cpu", "--preset", "giant"], "giant"),
+    ],
+)
+def test_bad_options_of_annotate(refused, options, names):
+    refused("annotate", *options, names=names)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_annotating_is_compared_with_the_model_and_the_decoders_alone(tmp_path, model_folder):
+    options = ["--model", model_folder, "--videos", 2, "--duration", 3, "--resolution", 64, "--keep", tmp_path]
+    ended = run_job("benchmark", "annotate", *options, "--decoder", "cpu", "auto", "--device", "cpu")
+    assert ended.returncode == 0, ended.stderr
+    rows = json.loads(ended.stdout.splitlines()[-1])["rows"]
+    assert [row["decoder"] for row in rows] == ["cpu", "auto"]
+    for row in rows:
+        assert (row["videos"], row["clips"], row["failed_clips"]) == (2, 6, 0) and row["decoders"] == {"pyav": 6}
+        assert row["share_of_limit"] == pytest.approx(row["clips_per_s"] / row["limit_clips_per_s"])
+        assert row["share_of_model"] == pytest.approx(row["clips_per_s"] / row["model_clips_per_s"])
+        assert 0 < row["model_busy_share"] < 1 and row["nvdec_clips_share"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
         (["--clips"], "--clips"),
         (["--clips", "0"], "--clips"),
         (["--nodes", "0"], "--nodes"),

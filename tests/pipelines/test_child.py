@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,10 @@ def wait_for_a_store(seconds: float) -> str:
     time.sleep(seconds)
     waiting.tell("")
     return "served"
+
+
+def kept_bytes() -> int:
+    return sys.modules[__name__].kept.nbytes
 
 
 def killed(result: object) -> Killed:
@@ -210,3 +215,24 @@ def test_waiting_for_a_store_is_passed_on_and_does_not_count():
     with waiting.told(said.append):
         assert call(task(wait_for_a_store, 1.0, timeout_s=0.5)) == "served"
     assert {*said} == {"s3://bucket: it is away", ""} and said[-1] == ""
+
+
+def test_what_a_child_does_first_counts_against_no_call():
+    first = task(keep_memory, 300 << 20, memory_bytes=1 << 30)
+
+    def calls() -> list:
+        return [
+            *call_each([task(kept_bytes), task(take_memory, 10 << 20)], first),
+            *call_each([task(kept_bytes)], first),
+        ]
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(calls).result() == [300 << 20, 10 << 8, 300 << 20]
+        (result,) = thread.submit(lambda: [*call_each([task(take_memory_and_hang, 400 << 20)], first)]).result()
+        assert killed(result).status == Status.UNSUPPORTED
+        assert thread.submit(lambda: call(task(kept_bytes), first)).result() == 300 << 20
+
+
+def test_a_child_that_does_not_survive_its_start_is_replaced():
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(lambda: call(task(slowly, 3), task(crash))).result() == 3

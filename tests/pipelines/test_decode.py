@@ -309,7 +309,7 @@ def test_skipping_what_nothing_refers_to_changes_no_pixel(tmp_path, monkeypatch,
     )
     end_s = times_ms[-1] / 1000
     spans = [(0.0, 1.0), (0.5, 1.2), (3.0, 3.4), (3.3, 3.301), (5.01, 7.7), (end_s - 0.4, end_s), (0.0, end_s)]
-    assert decode._quick_pass(source(path), np.array([0.1, 3.3, end_s - 0.01]), view()) is not None
+    assert decode._quick_pass(source(path), np.array([0.1, 3.3, end_s - 0.01]), view(), decode._Cpu()) is not None
     skipped = outcomes("pyav", path, spans, view())
     monkeypatch.setattr(decode, "_quick_pass", lambda *_: None)
     for ours, theirs in zip(skipped, outcomes("pyav", path, spans, view()), strict=True):
