@@ -60,9 +60,9 @@ class Annotate(TokenArguments, LimitOptions, PlacementOptions):
     engine: Engine = "auto"
     """Code that runs the model's blocks, "reference" being the plainest; all compute the same but "fp8", which trades
     some exactness for time on GPUs from L4 and H100 on (docs/performance.md)."""
-    decoder: DecoderChoice = "auto"
-    """auto: from 500 clips on, NVDEC beside CPUs where a node has an NVIDIA GPU, the faster taking more. cpu: CPUs
-    alone, with the same bits in each run (NVDEC's differ by rounding). nvdec: NVDEC alone, CPUs only where it cannot.
+    decoder: DecoderChoice = "cpu"
+    """cpu: CPUs alone, with the same bits in each run. auto: from 500 clips on, NVDEC beside CPUs where a node has an
+    NVIDIA GPU, the faster taking more; its pixels differ by rounding. nvdec: NVDEC alone, CPUs only where it cannot.
     The column `decoder` says who decoded a clip, `note` why another could not."""
     retry_failed: bool = False
     """Do the rows of an earlier run again that are not ok, beside what is new."""

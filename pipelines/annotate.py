@@ -44,7 +44,7 @@ class Settings:
     wanted: Wanted = ANY_DEVICE
     engine: Engine = "auto"
     limits: Limits = DEFAULT_LIMITS
-    decoder: DecoderChoice = "auto"
+    decoder: DecoderChoice = "cpu"
     run: str = ""
 
 

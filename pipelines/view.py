@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # Of what a span and a view give; to be raised whenever that changes, so that no cache mixes the two.
-PIXELS_VERSION = 2  # H.264 comes from PyAV, whose rounding of halved chroma is not that of decord
+PIXELS_VERSION = 3  # PyAV's frames are scaled as BGR, which swscale rounds otherwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

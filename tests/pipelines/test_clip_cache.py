@@ -51,9 +51,10 @@ def five_per_shard(monkeypatch) -> None:
 def without_ray(monkeypatch) -> None:
     """The tasks of filling, one after the other in this process."""
 
-    def decode(missing: pa.Table, cache: ClipCache, commit) -> Iterator[int]:
+    def decode(missing: pa.Table, cache: ClipCache, commit, signatures) -> Iterator[int]:
         for start in range(0, len(missing), 5):
-            yield from pipelines.fill_cache._write_shard(missing.slice(start, 5), cache.view, commit)[0].to_pylist()
+            written = pipelines.fill_cache._write_shard(missing.slice(start, 5), cache.view, commit, signatures)
+            yield from written[0].to_pylist()
 
     monkeypatch.setattr(pipelines.fill_cache, "_decode", decode)
 

@@ -127,7 +127,7 @@ def test_the_view_is_the_centre(tmp_path, decoder, width_px, height_px):
 def test_decoders_agree_on_scaled_lossy_video(tmp_path, size, rotation_deg, pix_fmt):
     """Both scale bicubically; one turns the picture before, one after.
 
-    Tolerances: rounding with full chroma; with halved chroma a mean of 2 of 255, and of 5 where a quarter turn swaps
+    Tolerances: rounding with full chroma; with halved chroma a mean of 2.5 of 255, and of 5 where a quarter turn swaps
     the directions in which chroma is interpolated. The blocks are as sharp and saturated as pictures get; another frame
     is a mean of 8 and more.
     """
@@ -142,7 +142,7 @@ def test_decoders_agree_on_scaled_lossy_video(tmp_path, size, rotation_deg, pix_
         difference = np.abs(ours.frames_THWC.astype(int) - theirs.frames_THWC)
         if pix_fmt == "yuv444p":
             assert difference.max() <= 2
-        assert difference.mean(axis=(1, 2, 3)).max() < (5 if rotation_deg % 180 else 2)
+        assert difference.mean(axis=(1, 2, 3)).max() < (5 if rotation_deg % 180 else 2.5)
 
 
 @both_decoders
