@@ -122,7 +122,7 @@ def model_stage(
     Args:
         decoded: From `tokenize_stage`.
         model: Callable class.
-        arguments: Of its constructor.
+        arguments: Of its constructor, which also takes `device`, "cuda" or "cpu".
         batch_size: Clips of a call; 0 picks by device.
         placement: Where it runs; None: on GPUs where any is up, else on CPUs.
     """
@@ -130,6 +130,8 @@ def model_stage(
     return decoded.map_batches(
         model,
         fn_constructor_args=arguments,
+        # A process that asked for no GPU may see those of its node all the same.
+        fn_constructor_kwargs={"device": placement.device},
         batch_size=batch_size or (64 if placement.gpus else 16),
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=placement.least, max_size=placement.most),

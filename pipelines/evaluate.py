@@ -11,7 +11,7 @@ from mone.engine.choice import Engine
 from pipelines.annotate import model_stage
 from pipelines.archive import Video
 from pipelines.ingest import plan_stage, tokenize_stage
-from pipelines.placement import Placement
+from pipelines.placement import Device, Placement
 from pipelines.predict import Annotator
 from pipelines.schema import Status
 from pipelines.storage.signatures import Signatures
@@ -55,9 +55,11 @@ class ScoredClip(NamedTuple):
 class Scorer:
     """A model at K capacities, as a callable for Ray Data: DECODED rows to scored rows."""
 
-    def __init__(self, checkpoint: Checkpoint, capacities: tuple[float, ...], engine: Engine = "auto") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, capacities: tuple[float, ...], engine: Engine = "auto", *, device: Device = "auto"
+    ) -> None:
         self.config = checkpoint.config
-        self.annotator = Annotator(checkpoint, capacities[0], top_k=1, engine=engine)
+        self.annotator = Annotator(checkpoint, capacities[0], top_k=1, engine=engine, device=device)
         self.capacities = capacities
 
     def __call__(self, decoded: pa.Table) -> pa.Table:

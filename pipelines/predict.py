@@ -14,6 +14,7 @@ from mone.engine.choice import Engine
 from mone.engine.graphs import Replayed
 from mone.engine.support import check_engine
 from pipelines.metrics import SILENT, RunMetrics
+from pipelines.placement import Device
 from pipelines.schema import ANNOTATIONS, Status
 from pipelines.tokenize import Tokens, tokens_of
 
@@ -37,12 +38,14 @@ class Annotator:
         top_k: int,
         engine: Engine = "auto",
         metrics: RunMetrics = SILENT,
+        *,
+        device: Device = "auto",
     ) -> None:
-        """Load the model on the GPU that this process was given, else on the CPU."""
+        """Load the model; "auto" takes a GPU where one can be seen."""
         self.checkpoint, self.capacity = checkpoint, capacity
         self.top_k = min(top_k, checkpoint.config.num_classes)
         check_capacity(capacity, checkpoint.config.num_experts)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
         check_engine(engine, self.device)
         self.model = checkpoint.build(self.device)
         self.model.encoder.engine = engine

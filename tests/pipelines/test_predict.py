@@ -176,6 +176,11 @@ def test_a_capacity_out_of_range_is_refused_at_once(checkpoint):
         Annotator(checkpoint, 0.01, 1)
 
 
+def test_a_process_for_cpus_leaves_a_gpu_alone_that_it_can_see(checkpoint, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert Annotator(checkpoint, 0.5, 3, device="cpu").device.type == "cpu"
+
+
 def test_every_engine_says_the_same(checkpoint):
     fast, slow = (Annotator(checkpoint, 0.5, 3, engine)(decoded("ok", "ok")) for engine in ("layout", "reference"))
     assert fast["label"].equals(slow["label"])
