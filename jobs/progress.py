@@ -1,7 +1,10 @@
 """Progress of planning and of annotating, the latter read from what is committed: clips done, rate, time left."""
 
 import contextlib
+import math
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,10 +13,14 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from jobs.background import looking
+from jobs.cli import JobFailed
+from pipelines.output import OutputFailedError, failure_of
 from pipelines.waiting import Notices, told
 
 _POLL_S = 1.0
 _LOOKS_BEFORE_SAID = 3
+# A hiccup is shorter; a mount that hangs is longer.
+_NO_ANSWER_S = 5.0
 
 
 @contextlib.contextmanager
@@ -49,23 +56,57 @@ def videos_progress() -> Iterator[Callable[[int], object]]:
 
 @contextlib.contextmanager
 def waiting_shown(output: Path) -> Iterator[None]:
-    """Say in a line when the run begins to wait for a store that is away, here or on its workers.
+    """Say in a line when the run begins to wait for a store or the output that is away, here or on its workers.
 
     Args:
-        output: DIR.
+        output: DIR, which has the run's description by now.
+
+    Raises:
+        JobFailed: The output has been away for too long.
     """
-    notices, waits = Notices(output), _Waits()
+    notices, waits, probe, here = Notices(output), _Waits(), _Probe(output), dict[int, str]()
     notices.clear()
 
+    def listen(text: str) -> None:  # not in the folder, which may be what is away
+        here[threading.get_ident()] = text
+
     def say() -> None:
-        if line := waits.seen(notices.read()):
+        if line := waits.seen([*notices.read(), *filter(None, [*here.values(), probe.said()])]):
             tqdm.write(line, file=sys.stderr)
 
     try:
-        with looking(say, _POLL_S), told(notices.post):
+        with looking(probe.ask, _POLL_S), looking(say, _POLL_S), told(listen):
             yield
+    except Exception as error:
+        if failed := _output_failure(error):
+            raise JobFailed(str(failed)) from error
+        raise
     finally:
         notices.clear()
+
+
+def _output_failure(error: BaseException | None) -> OutputFailedError | None:
+    """What is behind an error, also one of Ray's of a task."""
+    while error is not None and not isinstance(error, OutputFailedError):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error
+
+
+class _Probe:
+    """Whether the output can be written. A mount may also hang, and with it who asks."""
+
+    def __init__(self, output: Path) -> None:
+        self._output, self._reason, self._asked_s = output, "", math.inf
+
+    def ask(self) -> None:
+        self._asked_s = time.monotonic()
+        self._reason = failure_of(self._output)
+        self._asked_s = math.inf
+
+    def said(self) -> str:
+        hangs = time.monotonic() - self._asked_s > _NO_ANSWER_S
+        reason = "it does not answer" if hangs else self._reason
+        return f"{self._output}: {reason}" if reason else ""
 
 
 class _Waits:
@@ -79,7 +120,7 @@ class _Waits:
         reasons = {notice.partition(": ")[0]: notice for notice in notices}
         self.looks = {place: self.looks.get(place, 0) + 1 for place in reasons}
         new = [reason for place, reason in reasons.items() if self.looks[place] == _LOOKS_BEFORE_SAID]
-        return f"waiting   for {'; '.join(new)}; goes on when it is back" if new else ""
+        return f"waiting   for {'; '.join(new)}; goes on when that is over" if new else ""
 
 
 class _RowCounter:
@@ -89,8 +130,10 @@ class _RowCounter:
         self.folder, self.rows = folder, dict[Path, int]()
 
     def count(self) -> int:
-        present = set(self.folder.glob("*.parquet"))
-        for path in present - self.rows.keys():
-            with contextlib.suppress(pa.ArrowInvalid, OSError):  # still being written
-                self.rows[path] = pq.read_metadata(path).num_rows
-        return sum(rows for path, rows in self.rows.items() if path in present)
+        with contextlib.suppress(OSError):  # not there yet, or away: as before
+            present = {path for path in self.folder.iterdir() if path.suffix == ".parquet"}
+            self.rows = {path: count for path, count in self.rows.items() if path in present}
+            for path in present - self.rows.keys():
+                with contextlib.suppress(pa.ArrowInvalid):  # the audit will name it
+                    self.rows[path] = pq.read_metadata(path).num_rows
+        return sum(self.rows.values())
