@@ -1,0 +1,127 @@
+"""An output folder whose file system fails in the middle of a run: full, read-only, dropped, or away with its mount."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipelines.commit import ANNOTATIONS_DIR, STAGING_DIR
+from pipelines.ledger import audit
+from pipelines.planning import MANIFEST_DIR
+from pipelines.waiting import WAITING_DIR
+from tests.conftest import NUM_VIDEOS, command_of
+from tests.jobs.test_storage_away import MANY_CLIPS, wait_until
+
+pytestmark = pytest.mark.ray
+
+AWAY_S = 30.0
+
+
+class Mount:
+    """A small file system in memory, which can be made to fail."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        place.mkdir()
+        self._command("mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place)
+
+    @contextmanager
+    def read_only(self) -> Iterator[None]:
+        """As the kernel makes it after errors. It refuses while a file is open for writing."""
+        while subprocess.run(["mount", "-o", "remount,ro", self.place], capture_output=True, check=False).returncode:
+            pass
+        yield
+        self._command("mount", "-o", "remount,rw", self.place)
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """Nothing is left, whatever was free."""
+        ballast = self.place / "ballast"
+        with ballast.open("wb", buffering=0) as file:
+            for size in (1 << 20, 1 << 12):
+                while self._fits(file, size):
+                    pass
+        yield
+        ballast.unlink()
+
+    @contextmanager
+    def dropped(self) -> Iterator[None]:
+        """Another, empty folder is in its place; what is open stays open."""
+        elsewhere = self.place.with_name("elsewhere")
+        elsewhere.mkdir()
+        self._command("mount", "--move", self.place, elsewhere)
+        yield
+        self._command("mount", "--move", elsewhere, self.place)
+
+    def end(self) -> None:
+        self._command("umount", "--lazy", self.place)
+
+    @staticmethod
+    def _fits(file, size: int) -> bool:
+        try:
+            return file.write(bytes(size)) == size
+        except OSError:
+            return False
+
+    @staticmethod
+    def _command(*words: object) -> None:
+        subprocess.run(list(map(str, words)), capture_output=True, check=True)
+
+
+@contextmanager
+def renamed(output: Path) -> Iterator[None]:
+    output.rename(output.with_name("away"))
+    yield
+    output.with_name("away").rename(output)
+
+
+def run_through(command: dict, output: Path, away: Callable, away_s: float, log: Path) -> str:
+    """Run a job whose output fails once rows are there, for as long at least; what the job said of it."""
+    with log.open("w") as said:
+        job = subprocess.Popen(**command, stdout=said, stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: any((output / ANNOTATIONS_DIR).glob("*.parquet")), job)
+        with away():
+            wait_until(lambda: "waiting " in log.read_text(), job)
+            with pytest.raises(subprocess.TimeoutExpired):
+                job.wait(away_s)
+        assert job.wait(timeout=300) == 0, log.read_text()
+    finally:
+        job.kill()
+    (line,) = [line for line in log.read_text().replace("\r", "\n").splitlines() if line.startswith("waiting ")]
+    found = audit(output / MANIFEST_DIR, output / ANNOTATIONS_DIR)
+    assert found.clean and found.planned > 20 * NUM_VIDEOS
+    assert not any((output / name).exists() for name in (WAITING_DIR, STAGING_DIR))
+    return line
+
+
+def test_a_run_waits_for_its_folder(archive, model_folder, tmp_path):
+    run = tmp_path / "run"
+    command = command_of("annotate", archive, "--output", run, "--model", model_folder, *MANY_CLIPS)
+    line = run_through(command, run, lambda: renamed(run), 1.0, tmp_path / "log")
+    assert str(run) in line and "missing or empty" in line
+
+
+@pytest.fixture
+def mount(tmp_path) -> Iterator[Mount]:
+    if os.geteuid():
+        pytest.skip("only root mounts")
+    try:
+        mounted = Mount(tmp_path / "mount")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"this kernel lets nobody mount: {error.stderr}")
+    yield mounted
+    mounted.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["read_only", "full", "dropped"])
+def test_a_run_waits_for_its_file_system(mount, way, archive, model_folder, tmp_path):
+    reason = {"read_only": "Read-only file system", "full": "No space left on device", "dropped": "missing or empty"}
+    # The mount point itself, of which an empty folder is left.
+    command = command_of("annotate", archive, "--output", mount.place, "--model", model_folder, *MANY_CLIPS)
+    line = run_through(command, mount.place, getattr(mount, way), AWAY_S, tmp_path / "log")
+    assert str(mount.place) in line and reason[way] in line
