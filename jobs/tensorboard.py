@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 TENSORBOARD_DIR = "tensorboard"
 
@@ -34,11 +35,12 @@ class EventFile:
         Raises:
             OSError: They cannot be written; nor can what follows, in this file.
         """
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto import event_pb2
         from tensorboardX.summary import scalar
 
+        new_event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue] - made at run time
         for name, value in scalars:
-            self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            self._events.write_event(new_event(wall_time=time.time(), step=step, summary=scalar(name, value)))
         self._events.flush()
 
     def close(self) -> None:
@@ -46,7 +48,7 @@ class EventFile:
         self._events.close()
 
 
-def scalars_of(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, float]]:
+def scalars_of(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     """Numbers with their names; those of a mapping within have both."""
     found = list[tuple[str, float]]()
     for name, value in values.items():

@@ -12,6 +12,7 @@ from typing import Any
 
 from jobs.cli import JobFailed, UserError, checking_input, run
 from jobs.inputs import choose_device, make_output
+from jobs.progress import waiting_shown
 from jobs.recipes import RECIPES
 from jobs.run_log import RunLog, showing
 from jobs.train_options import Train
@@ -28,10 +29,11 @@ def train(config: Train) -> None:
     """Run the job."""
     workers, job, data = prepare(config)
     try:
-        if workers == 0:
-            _train_here(config, job, data, Path(job.output))
-        else:
-            _train_on_ray(config, job, data, workers)
+        with waiting_shown(Path(job.output)):
+            if workers == 0:
+                _train_here(config, job, data, Path(job.output))
+            else:
+                _train_on_ray(config, job, data, workers)
     except DivergedError as error:
         raise JobFailed(f"{error}; the last checkpoint is kept") from error
     print(Path(job.output) / MODEL_DIR)
@@ -72,7 +74,13 @@ def _train_on_ray(config: Train, job: TrainJob, data: TrainingData, workers: int
             sources = worker_sources(data, job, _clips(config), config.cache, int(config.cache_gb * 1e9))
         log = functools.partial(RunLog, job.output, _run(config))
         storage = config.storage or job.output
-        asked = Workers(count=workers, strategy=config.strategy, storage=storage, device=config.device)
+        asked = Workers(
+            count=workers,
+            strategy=config.strategy,
+            storage=storage,
+            device=config.device,
+            max_failures=config.max_failures,
+        )
         waits = "" if config.device else ": no GPU is up; --device cuda waits for one"
         print(f"workers   on {'GPUs' if asked.use_gpu else 'CPUs' + waits}", file=sys.stderr)
         try:

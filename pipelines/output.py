@@ -100,11 +100,20 @@ def _passing(failure: BaseException | None) -> str:
 
 def failure_of(output: Path) -> str:
     """Why nothing can be written there now, as far as that may pass; "" where it can."""
-    probe = output / f".probe-{socket.gethostname()}-{os.getpid()}"
     try:
         _see(output)
-        probe.write_bytes(bytes(_PROBE_BYTES))
-        probe.unlink()
+        write_probe(output)
     except OSError as error:
         return _passing(error)
     return ""
+
+
+def write_probe(output: Path) -> None:
+    """Write a small file, and take it away.
+
+    Raises:
+        OSError: That cannot be done.
+    """
+    probe = output / f".probe-{socket.gethostname()}-{os.getpid()}"
+    probe.write_bytes(bytes(_PROBE_BYTES))
+    probe.unlink()
