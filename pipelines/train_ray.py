@@ -99,17 +99,21 @@ def fit(job: TrainJob, sources: Callable[[], Sources], workers: Workers, make_lo
     _check_cpus(workers)
     _quiet()
     make_storage(storage)
-    failures, last = 0, ""
+    make_ready(storage)
+    failures, last = 0, last_listed(storage)
     while True:
-        make_ready(storage)
-        newest = in_storage(storage, lambda: last_listed(storage))
-        failures, last = failures * (newest == last), newest
         try:
             _trainer(job, sources, workers, make_log).fit()
             break
         except TrainingFailedError as error:
-            failures += 1
-            _raise_if_final(error, failures, workers)
+            reason = _reason(error)
+            _raise_if_waited_for(reason)
+            make_ready(storage)
+            newest = in_storage(storage, lambda: last_listed(storage))
+            failures, last = failures * (newest == last) + 1, newest
+            if 0 <= workers.max_failures < failures:
+                times = f"{failures} times in a row without a new checkpoint: " if failures > 1 else ""
+                raise WorkersFailedError(times + reason) from error
     if in_output(output, (output / DIVERGED_FILE).exists):
         raise DivergedError((output / DIVERGED_FILE).read_text())
 
@@ -136,15 +140,11 @@ def _trainer(
     )
 
 
-def _raise_if_final(error: TrainingFailedError, failures: int, workers: Workers) -> None:
-    """After so many failures without progress."""
-    reason = _reason(error)
+def _raise_if_waited_for(reason: str) -> None:
+    """Where a worker has waited for the output, that is not done again."""
     _, waited_for, what = reason.partition(f"{OutputFailedError.__name__}: ")
     if waited_for:
-        raise OutputFailedError(what) from error
-    if 0 <= workers.max_failures < failures:
-        times = f"{failures} times in a row without a new checkpoint: " if failures > 1 else ""
-        raise WorkersFailedError(times + reason) from error
+        raise OutputFailedError(what)
 
 
 def _check_cpus(workers: Workers) -> None:
