@@ -1,17 +1,15 @@
 """metrics.jsonl, a line per step or epoch, and the same numbers for TensorBoard."""
 
 import contextlib
-import errno
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jobs.tensorboard import EventFile, scalars_of
 from mone.checkpoint import write_whole
-from pipelines.output import in_output
+from pipelines.output import append_line, in_output
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -41,7 +39,6 @@ class MetricsWriter:
             records = [record for record in records if record["step"] <= done.get(record["kind"], math.inf)]
         self._seen = {(record["kind"], record["step"]) for record in records}
         write_whole(self.path, "".join(map(_line, records)).encode())
-        self._file: int | None = None
         self._board = self._new_board()
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> bool:
@@ -58,8 +55,7 @@ class MetricsWriter:
         if (kind, step) in self._seen:
             return False
         record = _finite({"kind": kind, "step": step} | dict(values))
-        line = _line(record).encode()
-        in_output(self.path.parent, lambda: self._append(line))
+        in_output(self.path.parent, lambda: append_line(self.path, _line(record).encode()))
         self._seen.add((kind, step))
         if self._board:
             try:
@@ -69,18 +65,6 @@ class MetricsWriter:
         else:
             self._board = self._new_board()
         return True
-
-    def _append(self, line: bytes) -> None:
-        file = _opened(self.path) if self._file is None else self._file
-        try:
-            if os.write(file, line) != len(line):  # one call, so that no other line gets between
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        except OSError:  # what was opened may be of a mount that has gone
-            self._file = None
-            with contextlib.suppress(OSError):
-                os.close(file)
-            raise
-        self._file = file
 
     def _new_board(self) -> EventFile | None:
         """With what the file has; None where that cannot be written, or nobody is there to."""
@@ -93,9 +77,7 @@ class MetricsWriter:
         return board
 
     def close(self) -> None:
-        """Finish both files."""
-        if self._file is not None:
-            os.close(self._file)
+        """Finish."""
         if self._board:
             with contextlib.suppress(OSError):
                 self._board.close()
@@ -140,10 +122,3 @@ def _finite(value: Any) -> Any:
 
 def _show(board: EventFile, record: dict[str, Any]) -> None:
     board.add([(f"{record['kind']}/{name}", value) for name, value in scalars_of(record)], record["step"])
-
-
-def _opened(path: Path) -> int:
-    """To append to, after the last whole line: a write that failed may have left a part of one."""
-    file = os.open(path, os.O_WRONLY | os.O_APPEND)
-    os.ftruncate(file, path.read_bytes().rfind(b"\n") + 1)
-    return file

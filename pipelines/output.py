@@ -117,3 +117,25 @@ def write_probe(output: Path) -> None:
     probe = output / f".probe-{socket.gethostname()}-{os.getpid()}"
     probe.write_bytes(bytes(_PROBE_BYTES))
     probe.unlink()
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Add a line to a file of lines of which no two are alike; may be done again after a failure, at whichever byte.
+
+    Args:
+        path: Made where it does not exist.
+        line: With the newline at its end.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with path.open("ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - len(line)))
+        last = file.read()
+        if last == line:
+            return
+        if last and not last.endswith(b"\n"):  # a part of it
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

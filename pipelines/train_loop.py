@@ -21,7 +21,7 @@ from mone.parallel import Parallel
 from mone.stages import TrainConfig
 from mone.training import Metrics, Trainer
 from mone.transfer import initialise_from
-from pipelines.output import in_output
+from pipelines.output import append_line, in_output
 
 STATE_FILE, MODEL_DIR, SAMPLES_DIR, SPENT_FILE = "state.pt", "model", "samples", "spent.json"
 SHOWN_CAPACITIES = (0.2, 0.4, 1.0)
@@ -237,12 +237,7 @@ class _SampleLog:
     def write(self, step: int, batch: Batch) -> None:
         if self.path:
             line = json.dumps({"step": step, "samples": batch.samples_B.tolist()}) + "\n"
-            in_output(self.path.parent.parent, functools.partial(_append, self.path, line))
-
-
-def _append(path: Path, line: str) -> None:
-    with path.open("a") as file:
-        file.write(line)
+            in_output(self.path.parent.parent, functools.partial(append_line, self.path, line.encode()))
 
 
 class _FailureLog:

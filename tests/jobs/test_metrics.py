@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import jobs.metrics
 from jobs.metrics import MetricsWriter, read_metrics
 
 
@@ -125,22 +126,22 @@ def test_a_file_that_no_writer_wrote_is_left_alone(tmp_path, line):
 
 
 def test_a_disk_that_fails_costs_neither_a_line_nor_an_event(tmp_path, monkeypatch):
-    """Half a line of metrics.jsonl is there when it fails; before, TensorBoard's disk was full."""
-    write, left = os.write, ["half", "nothing"]
+    """TensorBoard's is full; then that of metrics.jsonl fails with half a line there, and with a whole one."""
+    append, left = jobs.metrics.append_line, [5, None]
 
-    def failing(file: int, line: bytes) -> int:
-        if not left:
-            return write(file, line)
-        if left.pop(0) == "half":
-            return write(file, line[:5])
-        raise OSError(errno.ESTALE, "stale")
+    def failing(path: Path, line: bytes) -> None:
+        append(path, line)
+        if left:
+            cut = left.pop(0)
+            os.truncate(path, path.stat().st_size - len(line[cut:]) if cut else path.stat().st_size)
+            raise OSError(errno.EIO, "no answer")
 
     with MetricsWriter(tmp_path) as writer:
         writer.write("step", 1, {"loss": 2.5})
         with Path("/dev/full").open("wb", buffering=0) as full:
             writer._board._events._py_recordio_writer._writer = full
             writer.write("step", 2, {"loss": 2.5})
-        monkeypatch.setattr("jobs.metrics.os.write", failing)
+        monkeypatch.setattr("jobs.metrics.append_line", failing)
         for step in (3, 4):
             writer.write("step", step, {"loss": 2.5})
     assert not left and [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]

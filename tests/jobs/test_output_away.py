@@ -1,5 +1,6 @@
 """An output folder whose file system fails in the middle of a run: full, read-only, dropped, or away with its mount."""
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -8,16 +9,21 @@ from pathlib import Path
 
 import pytest
 
+from mone.checkpoint import read_checkpoint
 from pipelines.commit import ANNOTATIONS_DIR, STAGING_DIR
 from pipelines.ledger import audit
 from pipelines.planning import MANIFEST_DIR
 from pipelines.waiting import WAITING_DIR
 from tests.conftest import NUM_VIDEOS, command_of
 from tests.jobs.test_storage_away import MANY_CLIPS, wait_until
+from tests.jobs.test_train import samples_of_epochs
+from tests.pipelines.test_train_ray import BATCH, checkpoints, videos  # noqa: F401 - a fixture
+from tests.pipelines.test_train_ray import command_of as tiny_command
 
 pytestmark = pytest.mark.ray
 
 AWAY_S = 30.0
+REASONS = {"read_only": "Read-only file system", "full": "No space left on device", "dropped": "missing or empty"}
 
 
 class Mount:
@@ -78,12 +84,12 @@ def renamed(output: Path) -> Iterator[None]:
     output.with_name("away").rename(output)
 
 
-def run_through(command: dict, output: Path, away: Callable, away_s: float, log: Path) -> str:
-    """Run a job whose output fails once rows are there, for as long at least; what the job said of it."""
+def run_through(command: dict, has_begun: Callable, away: Callable, away_s: float, log: Path) -> str:
+    """Run a job whose output fails once it has begun, for as long at least; the one line that the job says of it."""
     with log.open("w") as said:
         job = subprocess.Popen(**command, stdout=said, stderr=subprocess.STDOUT)
     try:
-        wait_until(lambda: any((output / ANNOTATIONS_DIR).glob("*.parquet")), job)
+        wait_until(has_begun, job)
         with away():
             wait_until(lambda: "waiting " in log.read_text(), job)
             with pytest.raises(subprocess.TimeoutExpired):
@@ -92,6 +98,12 @@ def run_through(command: dict, output: Path, away: Callable, away_s: float, log:
     finally:
         job.kill()
     (line,) = [line for line in log.read_text().replace("\r", "\n").splitlines() if line.startswith("waiting ")]
+    return line
+
+
+def annotate_through(command: dict, output: Path, away: Callable, away_s: float, log: Path) -> str:
+    """As `run_through`, once rows are there; then each clip has one."""
+    line = run_through(command, lambda: any((output / ANNOTATIONS_DIR).glob("*.parquet")), away, away_s, log)
     found = audit(output / MANIFEST_DIR, output / ANNOTATIONS_DIR)
     assert found.clean and found.planned > 20 * NUM_VIDEOS
     assert not any((output / name).exists() for name in (WAITING_DIR, STAGING_DIR))
@@ -101,7 +113,7 @@ def run_through(command: dict, output: Path, away: Callable, away_s: float, log:
 def test_a_run_waits_for_its_folder(archive, model_folder, tmp_path):
     run = tmp_path / "run"
     command = command_of("annotate", archive, "--output", run, "--model", model_folder, *MANY_CLIPS)
-    line = run_through(command, run, lambda: renamed(run), 1.0, tmp_path / "log")
+    line = annotate_through(command, run, lambda: renamed(run), 1.0, tmp_path / "log")
     assert str(run) in line and "missing or empty" in line
 
 
@@ -120,8 +132,22 @@ def mount(tmp_path) -> Iterator[Mount]:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["read_only", "full", "dropped"])
 def test_a_run_waits_for_its_file_system(mount, way, archive, model_folder, tmp_path):
-    reason = {"read_only": "Read-only file system", "full": "No space left on device", "dropped": "missing or empty"}
     # The mount point itself, of which an empty folder is left.
     command = command_of("annotate", archive, "--output", mount.place, "--model", model_folder, *MANY_CLIPS)
-    line = run_through(command, mount.place, getattr(mount, way), AWAY_S, tmp_path / "log")
-    assert str(mount.place) in line and reason[way] in line
+    line = annotate_through(command, mount.place, getattr(mount, way), AWAY_S, tmp_path / "log")
+    assert str(mount.place) in line and REASONS[way] in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["read_only", "full", "dropped"])
+def test_training_waits_for_its_file_system(mount, way, videos, tmp_path):  # noqa: F811
+    """Checkpoints after every third step, of 2 x 2 epochs."""
+    run = mount.place
+    options = ["--recipe", "long", "--data", videos, "--clips-per-video", 12, "--num-workers", 2]
+    options += ["--checkpoint-every", 3, "--log-samples", "--output", run]
+    line = run_through(tiny_command(*options), lambda: checkpoints(run), getattr(mount, way), AWAY_S, tmp_path / "log")
+    assert str(run) in line and REASONS[way] in line
+    assert read_checkpoint(run / "model").labels
+    rows = [json.loads(line) for file in (run / "samples").iterdir() for line in file.read_text().splitlines()]
+    num_samples = 1 + max(sample for row in rows for sample in row["samples"])
+    assert samples_of_epochs(run, -(-num_samples // BATCH)) == [[*range(num_samples)]] * 4
