@@ -5,6 +5,7 @@ empty; a file system that the kernel has made read-only; and one that is full, b
 can, while what has been computed waits. Anything else, as a permission that is lacking, is final at once.
 """
 
+import contextlib
 import errno
 import os
 import socket
@@ -114,9 +115,13 @@ def write_probe(output: Path) -> None:
     Raises:
         OSError: That cannot be done.
     """
-    probe = output / f".probe-{socket.gethostname()}-{os.getpid()}"
+    # Among the notices, which are taken away at the next start, if need be.
+    probe = output / waiting.WAITING_DIR / f".probe-{socket.gethostname()}-{os.getpid()}"
+    probe.parent.mkdir(exist_ok=True)
     probe.write_bytes(bytes(_PROBE_BYTES))
     probe.unlink()
+    with contextlib.suppress(OSError):  # there are notices
+        probe.parent.rmdir()
 
 
 def append_line(path: Path, line: bytes) -> None:

@@ -117,6 +117,28 @@ def test_a_run_waits_for_its_folder(archive, model_folder, tmp_path):
     assert str(run) in line and "missing or empty" in line
 
 
+@pytest.mark.slow  # three minutes, and not less on the workers
+def test_a_folder_that_stays_away_ends_the_run_with_what_to_do(archive, model_folder, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = command_of("annotate", archive, "--output", run, "--model", model_folder, *MANY_CLIPS)
+    with log.open("w") as said:
+        job = subprocess.Popen(**command, stdout=said, stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: any((run / ANNOTATIONS_DIR).glob("*.parquet")), job)
+        with renamed(run):
+            assert job.wait(timeout=400) == 1
+    finally:
+        job.kill()
+    last = log.read_text().splitlines()[-1]
+    assert last.startswith(f"python -m jobs.annotate: the output folder {run} fails on ")
+    assert "missing or empty" in last and "the same command continues" in last
+    kept = {path: path.read_bytes() for path in (run / ANNOTATIONS_DIR).iterdir()}
+    ended = subprocess.run(**command, capture_output=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert audit(run / MANIFEST_DIR, run / ANNOTATIONS_DIR).clean
+    assert kept and {path: path.read_bytes() for path in kept} == kept
+
+
 @pytest.fixture
 def mount(tmp_path) -> Iterator[Mount]:
     if os.geteuid():

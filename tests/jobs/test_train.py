@@ -217,7 +217,9 @@ def samples_of_epochs(run: Path, steps_per_epoch: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "change", [["--recipe", "other"], ["--epochs", "3"], ["--seed", "1"], ["--data", "motions"]], ids=lambda c: c[0]
+    "change",
+    [["--recipe", "other"], ["--epochs", "3"], ["--seed", "1"], ["--data", "motions"], ["--drop-static", "2"]],
+    ids=lambda c: c[0],
 )
 def test_another_run_needs_another_folder(data, tmp_path, capsys, change):
     run = tmp_path / "run"
