@@ -112,7 +112,8 @@ def annotate_through(command: dict, output: Path, away: Callable, away_s: float,
 
 def test_a_run_waits_for_its_folder(archive, model_folder, tmp_path):
     run = tmp_path / "run"
-    command = command_of("annotate", archive, "--output", run, "--model", model_folder, *MANY_CLIPS)
+    fewer_clips = ["--span", 0.2, "--stride", 0.05, "--batch-size", 1]
+    command = command_of("annotate", archive, "--output", run, "--model", model_folder, *fewer_clips)
     line = annotate_through(command, run, lambda: renamed(run), 1.0, tmp_path / "log")
     assert str(run) in line and "missing or empty" in line
 
