@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from jobs.background import looking
 from jobs.cli import JobFailed
-from pipelines.output import OutputFailedError, failure_of
+from pipelines.output import failure_of, told_in
 from pipelines.waiting import Notices, told
 
 _POLL_S = 1.0
@@ -78,18 +78,11 @@ def waiting_shown(output: Path) -> Iterator[None]:
         with looking(probe.ask, _POLL_S), looking(say, _POLL_S), told(listen):
             yield
     except Exception as error:
-        if failed := _output_failure(error):
-            raise JobFailed(str(failed)) from error
+        if line := told_in(f"{type(error).__name__}: {error}"):
+            raise JobFailed(line) from error
         raise
     finally:
         notices.clear()
-
-
-def _output_failure(error: BaseException | None) -> OutputFailedError | None:
-    """What is behind an error, also one of Ray's of a task."""
-    while error is not None and not isinstance(error, OutputFailedError):
-        error = getattr(error, "cause", None) or error.__cause__
-    return error
 
 
 class _Probe:

@@ -8,6 +8,7 @@ can, while what has been computed waits. Anything else, as a permission that is 
 import contextlib
 import errno
 import os
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,12 @@ T = TypeVar("T")
 
 class OutputFailedError(Exception):
     """An output folder has failed for too long; one line that says what to do."""
+
+
+def told_in(text: str) -> str:
+    """What an `OutputFailedError` says whose traceback is somewhere in a text, as of a task; "" where none is."""
+    found = re.search(rf"{OutputFailedError.__name__}: (.+)", text)
+    return found[1] if found else ""
 
 
 def is_there(output: Path) -> bool:

@@ -31,7 +31,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from mone.parallel import Parallel, Strategy
 from mone.training import DivergedError
-from pipelines.output import OutputFailedError, in_output
+from pipelines.output import OutputFailedError, in_output, told_in
 from pipelines.train_loop import STATE_FILE, Sources, TrainJob, train_loop
 from pipelines.train_storage import RUN_NAME, in_storage, last_listed, load_last, make_ready, make_storage, store
 from pipelines.waiting import Notices, told
@@ -107,7 +107,8 @@ def fit(job: TrainJob, sources: Callable[[], Sources], workers: Workers, make_lo
             break
         except TrainingFailedError as error:
             reason = _reason(error)
-            _raise_if_waited_for(reason)
+            if waited_for := told_in(reason):  # by a worker, for as long as that is done
+                raise OutputFailedError(waited_for) from error
             make_ready(storage)
             newest = in_storage(storage, lambda: last_listed(storage))
             failures, last = failures * (newest == last) + 1, newest
@@ -138,13 +139,6 @@ def _trainer(
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-
-
-def _raise_if_waited_for(reason: str) -> None:
-    """Where a worker has waited for the output, that is not done again."""
-    _, waited_for, what = reason.partition(f"{OutputFailedError.__name__}: ")
-    if waited_for:
-        raise OutputFailedError(what)
 
 
 def _check_cpus(workers: Workers) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from pipelines import patience
 from pipelines.commit import ANNOTATIONS_DIR, CommittedFiles, StagedFiles, fence, write_remaining
-from pipelines.output import OutputFailedError, failure_of, in_output, is_there
+from pipelines.output import OutputFailedError, failure_of, in_output, is_there, told_in
 from pipelines.planning import MANIFEST_DIR
 from pipelines.row_files import has_rows, parquet_files
 from pipelines.schema import ANNOTATIONS, MANIFEST
@@ -84,6 +85,8 @@ def test_a_folder_that_does_not_come_back_is_given_up_with_what_to_do(output, mo
         in_output(output, Failing(*[errno.ENOSPC] * 10_000))
     message = str(caught.value)
     assert str(output) in message and "No space left on device" in message and "the same command continues" in message
+    told_by_ray = "".join(traceback.format_exception(caught.value)) + "\nTo change this, configure Ray."
+    assert told_in(told_by_ray) == message and told_in("OSError: no space") == ""
 
 
 def renamed_away(output: Path) -> Callable[[], None]:
