@@ -66,14 +66,15 @@ def load_clips(config: Train, job: TrainJob, data: TrainingData) -> list[MemoryC
 def _train_on_ray(config: Train, job: TrainJob, data: TrainingData, workers: int | tuple[int, int]) -> None:
     from jobs.cluster import connected
     from pipelines.train_ray import TooFewCpusError, Workers, WorkersFailedError, fit
+    from pipelines.train_storage import make_storage
 
     if is_done(Path(job.output)):
         return
     with connected(config.address):
         with checking_input():
             sources = worker_sources(data, job, _clips(config), config.cache, int(config.cache_gb * 1e9))
+            make_storage(storage := config.storage or job.output)
         log = functools.partial(RunLog, job.output, _run(config))
-        storage = config.storage or job.output
         asked = Workers(
             count=workers,
             strategy=config.strategy,

@@ -100,7 +100,7 @@ def fit(job: TrainJob, sources: Callable[[], Sources], workers: Workers, make_lo
     _quiet()
     make_storage(storage)
     make_ready(storage)
-    failures, last = 0, last_listed(storage)
+    failures, last = 0, in_storage(storage, lambda: last_listed(storage))
     while True:
         try:
             _trainer(job, sources, workers, make_log).fit()
