@@ -25,7 +25,7 @@ _PASSING = frozenset(
         *(errno.EAGAIN, errno.EBUSY, errno.EINTR),
     ]
 )
-_MISSING = (errno.ENOENT, errno.ENOTDIR)
+_MISSING = (FileNotFoundError, NotADirectoryError)
 # No less than a file system gives out.
 _PROBE_BYTES = 1 << 12
 
@@ -83,15 +83,12 @@ def _done(output: Path, do: Callable[[], T]) -> T:
     _see(output)
     try:
         return do()
-    except OSError as error:
-        if error.errno not in _MISSING:
-            raise
-    _see(output)
+    except _MISSING:
+        _see(output)
     try:  # it may have been away for that moment
         return do()
-    except OSError as error:
-        if error.errno in _MISSING:
-            _see(output)
+    except _MISSING:
+        _see(output)
         raise
 
 

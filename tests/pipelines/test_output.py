@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines import patience
@@ -116,10 +117,12 @@ def test_a_folder_that_is_away_is_neither_empty_nor_fenced(output, drop):
     write(writer, "ab", task=0)
     (output / MANIFEST_DIR).mkdir()
     StagedFiles(output, MANIFEST_DIR).commit("rows.parquet", rows("abcd", MANIFEST))
+    (manifest,) = parquet_files(output / MANIFEST_DIR)
     asked: dict[str, tuple[Callable[[], object], object]] = {
         "has_rows": (lambda: has_rows(output / ANNOTATIONS_DIR), True),
         "parquet_files": (lambda: len(parquet_files(output / MANIFEST_DIR)), 1),
         "write_remaining": (lambda: write_remaining(output, output / MANIFEST_DIR), 2),
+        "read_table": (lambda: in_output(output, lambda: len(pq.read_table(manifest))), 4),
         "commit": (lambda: writer.files.commit("c.parquet", pa.concat_tables([rows("c")])), None),
         "fence": (lambda: fence(output), None),
     }
