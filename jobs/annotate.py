@@ -17,9 +17,10 @@ from jobs.cluster import connected
 from jobs.inputs import BUNDLED_MODEL, Archive, LimitOptions, TokenArguments, load_model, make_output
 from jobs.placement import PlacementOptions, placed
 from jobs.plan_record import check_plan, write_plan
-from jobs.progress import clips_progress, videos_progress, waiting_shown
+from jobs.progress import clips_progress, videos_progress
 from jobs.run_record import read_run, totals_record, versions, write_run
 from jobs.session import Session, efficiency, run_name, speed
+from jobs.waits import waiting_shown
 from mone.baselines import capacities_of
 from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint

@@ -13,7 +13,8 @@ from jobs.cluster import connected
 from jobs.estimate import estimate
 from jobs.inputs import BUNDLED_MODEL, Archive, ClipOptions, LimitOptions, load_model, make_output
 from jobs.plan_record import write_plan
-from jobs.progress import videos_progress, waiting_shown
+from jobs.progress import videos_progress
+from jobs.waits import waiting_shown
 from mone.capacity import check_capacity
 from pipelines.archive import ArchiveError
 from pipelines.planning import MANIFEST_DIR, write_manifest

@@ -12,12 +12,12 @@ from typing import Any
 
 from jobs.cli import JobFailed, UserError, checking_input, run
 from jobs.inputs import choose_device, make_output
-from jobs.progress import waiting_shown
 from jobs.recipes import RECIPES
 from jobs.run_log import RunLog, showing
 from jobs.train_options import Train
 from jobs.train_run import prepare
 from jobs.training_data import MOTIONS_DATA, TrainingData, load_in_memory, worker_sources
+from jobs.waits import waiting_shown
 from mone.checkpoint import CONFIG_FILE
 from mone.clips import MemoryClips
 from mone.parallel import Parallel

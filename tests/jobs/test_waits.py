@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-import jobs.progress
+import jobs.waits
 from jobs.cli import JobFailed
-from jobs.progress import waiting_shown
+from jobs.waits import waiting_shown
 from pipelines import patience
 from pipelines.output import OutputFailedError, in_output
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(jobs.progress, "_POLL_S", 0.01)
+    monkeypatch.setattr(jobs.waits, "_POLL_S", 0.01)
     monkeypatch.setattr(patience, "_LONGEST_WAIT_S", 0.01)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").touch()
@@ -45,11 +45,11 @@ def test_a_folder_that_is_away_is_said_in_one_line(run, capsys):
 
 def test_a_mount_that_hangs_is_said(run, capsys, monkeypatch):
     hangs = threading.Event()
-    monkeypatch.setattr(jobs.progress, "_NO_ANSWER_S", 0.05)
-    monkeypatch.setattr(jobs.progress, "failure_of", lambda output: hangs.wait() and "")
+    monkeypatch.setattr(jobs.waits, "_NO_ANSWER_S", 0.05)
+    monkeypatch.setattr(jobs.waits, "failure_of", lambda output: hangs.wait() and "")
     with waiting_shown(run):
         (line,) = waiting_lines(capsys, until=1)
-        monkeypatch.setattr(jobs.progress, "failure_of", lambda output: "")
+        monkeypatch.setattr(jobs.waits, "failure_of", lambda output: "")
         hangs.set()
     assert f"{run}: it does not answer" in line
 
