@@ -17,9 +17,10 @@ from jobs.cluster import connected
 from jobs.inputs import BUNDLED_MODEL, Archive, LimitOptions, TokenArguments, load_model, make_output
 from jobs.placement import PlacementOptions, placed
 from jobs.plan_record import check_plan, write_plan
-from jobs.progress import clips_progress, videos_progress, waiting_shown
+from jobs.progress import clips_progress, videos_progress
 from jobs.run_record import read_run, totals_record, versions, write_run
 from jobs.session import Session, efficiency, run_name, speed
+from jobs.waits import waiting_shown
 from mone.baselines import capacities_of
 from mone.capacity import check_capacity
 from mone.checkpoint import Checkpoint
@@ -30,6 +31,7 @@ from pipelines.commit import ANNOTATIONS_DIR
 from pipelines.ledger import Totals, totals
 from pipelines.limits import DecoderChoice
 from pipelines.metrics import RunMetrics
+from pipelines.output import in_output
 from pipelines.planning import MANIFEST_DIR, write_manifest
 from pipelines.retry import undo_failed
 from pipelines.row_files import LedgerError, count_rows
@@ -92,22 +94,23 @@ def annotate(config: Annotate) -> None:
     settings = dataclasses.replace(settings, run=run_name(output))
     session = Session(output, record, RunMetrics(settings.run), config.price_per_hour)
     try:
-        with connected(config.address), session.measured(), waiting_shown(output):
-            placement = placed(settings.wanted, config.engine)
-            session.entry |= {"device": placement.device, "model_workers": [placement.least, placement.most]}
-            if not planned:
-                write_plan(output, config.archive, clip_plan)
-            if config.retry_failed:
-                print(f"retry     {undo_failed(output):,} clips", file=sys.stderr)
-            with videos_progress() as on_videos:
-                write_manifest(videos, clip_plan, output, settings.limits, on_videos)
-            with clips_progress(output / ANNOTATIONS_DIR, count_rows(output / MANIFEST_DIR), session.tick):
-                write_annotations(output, checkpoint, settings, signatures, placement)
+        with waiting_shown(output):
+            with connected(config.address), session.measured():
+                placement = placed(settings.wanted, config.engine)
+                session.entry |= {"device": placement.device, "model_workers": [placement.least, placement.most]}
+                if not planned:
+                    write_plan(output, config.archive, clip_plan)
+                if config.retry_failed:
+                    print(f"retry     {undo_failed(output):,} clips", file=sys.stderr)
+                with videos_progress() as on_videos:
+                    write_manifest(videos, clip_plan, output, settings.limits, on_videos)
+                with clips_progress(output / ANNOTATIONS_DIR, count_rows(output / MANIFEST_DIR), session.tick):
+                    write_annotations(output, checkpoint, settings, signatures, placement)
+            result = totals(output / ANNOTATIONS_DIR, frozenset(checkpoint.labels))
+            record["totals"] = totals_record(result) | efficiency(result, record["sessions"])
+            in_output(output, lambda: write_run(output, record))
     except (ArchiveError, LedgerError) as error:  # a part of the archive, or files of an earlier run damaged since
         raise UserError(str(error)) from error
-    result = totals(output / ANNOTATIONS_DIR, frozenset(checkpoint.labels))
-    record["totals"] = totals_record(result) | efficiency(result, record["sessions"])
-    write_run(output, record)
     print(summary(result, record["totals"], output))
     if result.failed > config.max_failed_share * result.clips:
         raise JobFailed(f"{result.failed} of {result.clips} clips failed, more than --max-failed-share allows")

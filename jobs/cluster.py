@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import ray
 from ray.data import DataContext
+from ray.exceptions import AuthenticationError
 
 from jobs.cli import UserError, interrupt_on_sigterm
 
@@ -29,8 +30,8 @@ def connected(address: str) -> Iterator[None]:
             ray.init(address, **options)
         else:
             ray.init("local", include_dashboard=False, **options)  # even where another Ray runs on this machine
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"no Ray cluster answers at {address}: {error}") from error
+    except (ConnectionError, ValueError, AuthenticationError) as error:
+        raise UserError(f"no Ray cluster answers at {address}: {_first_line(error)}{_token_advice()}") from error
     interrupt_on_sigterm()
     # One progress bar, ours, in clips; Ray Data's speaks of blocks and operators.
     context = DataContext.get_current()
@@ -40,6 +41,17 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].partition(". ")[0]
+
+
+def _token_advice() -> str:
+    """A cluster that asks for a token says nothing else to who comes without one."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        return "; has ~/.ray/auth_token (or RAY_AUTH_TOKEN) the token of its head?"
+    return "; if it asks for a token (docs/cluster.md): export RAY_AUTH_MODE=token"
 
 
 def set_ray_options() -> None:

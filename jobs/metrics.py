@@ -1,24 +1,25 @@
 """metrics.jsonl, a line per step or epoch, and the same numbers for TensorBoard."""
 
+import contextlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jobs.tensorboard import EventFile, scalars_of
 from mone.checkpoint import write_whole
+from pipelines.output import append_line, in_output
 
-METRICS_FILE, TENSORBOARD_DIR = "metrics.jsonl", "tensorboard"
+METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
     """Appends to DIR/metrics.jsonl and, where tensorboardX is installed, to DIR/tensorboard; one writer a folder.
 
     A line is {"kind": "epoch", "step": 3, ...}: there is one of each kind and step, and a killed process leaves whole
-    lines. The file is what counts: when it is opened again, TensorBoard's events are written anew from it, so that
-    curves have neither gaps nor doubles.
+    lines. The file is what counts: when it is opened again, or its disk had failed, TensorBoard's events are written
+    anew from it, so that curves have neither gaps nor doubles.
     """
 
     def __init__(self, folder: Path, *, done: Mapping[str, int] | None = None) -> None:
@@ -38,11 +39,7 @@ class MetricsWriter:
             records = [record for record in records if record["step"] <= done.get(record["kind"], math.inf)]
         self._seen = {(record["kind"], record["step"]) for record in records}
         write_whole(self.path, "".join(map(_line, records)).encode())
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        shutil.rmtree(folder / TENSORBOARD_DIR, ignore_errors=True)
-        self._board = _summary_writer(folder / TENSORBOARD_DIR)
-        for record in records:
-            self._show(record)
+        self._board = self._new_board()
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> bool:
         """Add a record; False where there is one of this kind and step.
@@ -51,27 +48,39 @@ class MetricsWriter:
             kind: "step", "epoch": TensorBoard groups by it.
             step: Which.
             values: Numbers, text, or mappings of these. A number that is not finite becomes null.
+
+        Raises:
+            OutputFailedError: It cannot be written.
         """
         if (kind, step) in self._seen:
             return False
         record = _finite({"kind": kind, "step": step} | dict(values))
-        line = _line(record).encode()
-        if os.write(self._file, line) != len(line):  # one call, so that no other line gets between
-            raise OSError(f"{self.path}: the disk is full")
+        in_output(self.path.parent, lambda: append_line(self.path, _line(record).encode()))
         self._seen.add((kind, step))
-        self._show(record)
+        if self._board:
+            try:
+                _show(self._board, record)
+            except OSError:
+                self._board = None
+        else:
+            self._board = self._new_board()
         return True
 
-    def _show(self, record: dict[str, Any]) -> None:
-        if self._board:
-            for name, value in _scalars(record):
-                self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+    def _new_board(self) -> EventFile | None:
+        """With what the file has; None where that cannot be written, or nobody is there to."""
+        try:
+            board = EventFile(self.path.parent)
+            for record in read_metrics(self.path.parent):
+                _show(board, record)
+        except (ImportError, OSError):
+            return None
+        return board
 
     def close(self) -> None:
-        """Finish both files."""
-        os.close(self._file)
+        """Finish."""
         if self._board:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -111,20 +120,5 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _scalars(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """Numbers with their names; those of a mapping within have both."""
-    found = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found += _scalars(value, f"{prefix}{name}/")
-        elif type(value) in (int, float) and (prefix or name != "step"):
-            found.append((prefix + name, float(value)))
-    return found
-
-
-def _summary_writer(folder: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder))
+def _show(board: EventFile, record: dict[str, Any]) -> None:
+    board.add([(f"{record['kind']}/{name}", value) for name, value in scalars_of(record)], record["step"])

@@ -14,6 +14,7 @@ from jobs.estimate import estimate
 from jobs.inputs import BUNDLED_MODEL, Archive, ClipOptions, LimitOptions, load_model, make_output
 from jobs.plan_record import write_plan
 from jobs.progress import videos_progress
+from jobs.waits import waiting_shown
 from mone.capacity import check_capacity
 from pipelines.archive import ArchiveError
 from pipelines.planning import MANIFEST_DIR, write_manifest
@@ -52,7 +53,7 @@ def plan(config: Plan) -> None:
         raise UserError(f"{output / MANIFEST_DIR} exists; choose another --output, or remove it to plan again")
     write_plan(output, config.archive, clip_plan)
     try:
-        with connected(config.address), videos_progress() as on_videos:
+        with waiting_shown(output), connected(config.address), videos_progress() as on_videos:
             write_manifest(videos, clip_plan, output, limits, on_videos)
     except (ArchiveError, LedgerError) as error:  # a part of the archive, or of what a killed run has left
         raise UserError(str(error)) from error

@@ -11,6 +11,7 @@ from jobs.curve_record import CurveRecord
 from jobs.curves import write_run_curve
 from jobs.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from mone.curve import CurvePoint
+from pipelines.output import in_output
 
 _LOOK_EVERY_S = 0.5
 
@@ -21,8 +22,9 @@ class RunLog:
     def __init__(self, output: str, run: dict[str, Any]) -> None:
         """Continue the log in a folder; `run` is what a `CurveRecord` says of the run beyond the workers' records."""
         self.folder, self.run = Path(output), run
-        self.metrics = MetricsWriter(self.folder)
-        told = [record["clips"] for record in read_metrics(self.folder) if record["kind"] == "left_out"]
+        self.metrics = in_output(self.folder, lambda: MetricsWriter(self.folder))
+        records = in_output(self.folder, lambda: read_metrics(self.folder))
+        told = [record["clips"] for record in records if record["kind"] == "left_out"]
         self._left_out = {name for clips in told for name in clips}
 
     def __call__(self, record: dict[str, Any]) -> None:
@@ -51,7 +53,7 @@ class RunLog:
             if point["split"] == splits[0]
         ]
         run = CurveRecord(split=splits[0], points=tuple(measured), **self.run, **record)
-        write_run_curve(run, self.folder)
+        in_output(self.folder, lambda: write_run_curve(run, self.folder))
 
 
 @contextlib.contextmanager
@@ -62,7 +64,7 @@ def showing(folder: Path) -> Iterator[None]:
 
     def follow() -> None:
         nonlocal written
-        with contextlib.suppress(FileNotFoundError):  # not yet
+        with contextlib.suppress(OSError):  # not there yet, or away
             stat = (folder / METRICS_FILE).stat()
             if (stat.st_ino, stat.st_size) != written:
                 written = (stat.st_ino, stat.st_size)

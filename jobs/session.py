@@ -12,6 +12,7 @@ import ray
 from jobs.run_record import timestamp, write_run
 from pipelines.ledger import Totals
 from pipelines.metrics import RunMetrics
+from pipelines.output import is_there
 
 # Nodes come and go in minutes. It is also what a kill can cost of the record.
 _LOOK_S = 10.0
@@ -50,14 +51,20 @@ class Session:
             yield
         finally:
             self._add()
-            write_run(self.output, self.record)
+            self._save()
+
+    def _save(self) -> None:
+        """Now or never: what the output folder does not take now it is given again, and last by the job itself."""
+        with contextlib.suppress(OSError):
+            if is_there(self.output):
+                write_run(self.output, self.record)
 
     def tick(self, clips_left: int) -> None:
         """Bring the metrics and, now and then, the record up to date; may be called often, from any one thread."""
         if time.monotonic() - self._looked_s >= _LOOK_S:
             with contextlib.suppress(Exception):  # a head that does not answer: the run itself decides what follows
                 self.look()
-            write_run(self.output, self.record)
+            self._save()
         cost = sum(session.get("cost", 0.0) for session in self.record["sessions"])
         self.metrics.show(clips_left=clips_left, cpus=self._held["cpu"], gpus=self._held["gpu"], cost=cost)
 

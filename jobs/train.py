@@ -17,6 +17,7 @@ from jobs.run_log import RunLog, showing
 from jobs.train_options import Train
 from jobs.train_run import prepare
 from jobs.training_data import MOTIONS_DATA, TrainingData, load_in_memory, worker_sources
+from jobs.waits import waiting_shown
 from mone.checkpoint import CONFIG_FILE
 from mone.clips import MemoryClips
 from mone.parallel import Parallel
@@ -29,10 +30,11 @@ def train(config: Train) -> None:
     """Run the job."""
     workers, job, data = prepare(config)
     try:
-        if workers == 0:
-            _train_here(config, job, data, Path(job.output))
-        else:
-            _train_on_ray(config, job, data, workers)
+        with waiting_shown(Path(job.output)):
+            if workers == 0:
+                _train_here(config, job, data, Path(job.output))
+            else:
+                _train_on_ray(config, job, data, workers)
     except DivergedError as error:
         raise JobFailed(f"{error}; the last checkpoint is kept") from error
     print(Path(job.output) / MODEL_DIR)
@@ -65,15 +67,22 @@ def load_clips(config: Train, job: TrainJob, data: TrainingData) -> list[MemoryC
 def _train_on_ray(config: Train, job: TrainJob, data: TrainingData, workers: int | tuple[int, int]) -> None:
     from jobs.cluster import connected
     from pipelines.train_ray import TooFewCpusError, Workers, WorkersFailedError, fit
+    from pipelines.train_storage import make_storage
 
     if is_done(Path(job.output)):
         return
     with connected(config.address):
         with checking_input():
             sources = worker_sources(data, job, _clips(config), config.cache, int(config.cache_gb * 1e9))
+            make_storage(storage := config.storage or job.output)
         log = functools.partial(RunLog, job.output, _run(config))
-        storage = config.storage or job.output
-        asked = Workers(count=workers, strategy=config.strategy, storage=storage, device=config.device)
+        asked = Workers(
+            count=workers,
+            strategy=config.strategy,
+            storage=storage,
+            device=config.device,
+            max_failures=config.max_failures,
+        )
         waits = "" if config.device else ": no GPU is up; --device cuda waits for one"
         print(f"workers   on {'GPUs' if asked.use_gpu else 'CPUs' + waits}", file=sys.stderr)
         try:

@@ -15,6 +15,7 @@ from mone.engine.choice import ExactEngine
 DECISIVE = (
     *("data", "init", "stages", "capacities", "split_column", "num_clips", "clips_per_video", "epochs", "seed"),
 )
+_FOR_WORKERS = ("storage", "address", "cache_gb", "max_failures")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,9 @@ class Train:
     """Folder or URI of the checkpoints, with --num-workers; default DIR."""
     checkpoint_every: int = 500
     """Steps from one checkpoint to the next; every epoch ends with one too."""
+    max_failures: int = 3
+    """With --num-workers, give up when workers failed more often than this in a row, with no new checkpoint in between;
+    -1: never. A run that gets on may lose any number of workers and machines."""
     split_column: str = "split"
     """Column of the data that says train, val or test."""
     num_clips: int = 0
@@ -101,7 +105,7 @@ def check_options(config: Train) -> int | tuple[int, int]:
         raise UserError(f"--drop-static cannot be combined with --method {config.method}")
     if config.drop_static is not None and not 0 <= config.drop_static <= 255:
         raise UserError(f"--drop-static must be between 0 and 255, got {config.drop_static:g}")
-    for name, least in (("num_clips", 0), ("clips_per_video", 1), ("checkpoint_every", 1)):
+    for name, least in (("num_clips", 0), ("clips_per_video", 1), ("checkpoint_every", 1), ("max_failures", -1)):
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(config, name)}")
     match = re.fullmatch(r"(\d+)(?::(\d+))?", config.num_workers)
@@ -110,9 +114,9 @@ def check_options(config: Train) -> int | tuple[int, int]:
     least, most = int(match[1]), int(match[2] or match[1])
     if most < least or (match[2] and not least):
         raise UserError(f"--num-workers {config.num_workers}: MIN must be at least 1 and at most MAX")
-    for name in ("storage", "address"):
-        if most == 0 and getattr(config, name):
-            raise UserError(f"--{name} has no effect without --num-workers")
+    for field in dataclasses.fields(config):
+        if most == 0 and field.name in _FOR_WORKERS and getattr(config, field.name) != field.default:
+            raise UserError(f"--{field.name.replace('_', '-')} has no effect without --num-workers")
     if most and config.device not in ("", "cuda", "cpu"):
         raise UserError(f"--device must be cuda or cpu, got {config.device!r}")
     if "://" in config.cache and most == 0:

@@ -115,7 +115,9 @@ def with_epochs(stages: tuple[Stage, ...], epochs: tuple[int, ...]) -> tuple[Sta
 def _check_same_run(output: Path, config: Train, recipe: Recipe) -> None:
     """Keep the run's description beside it, and refuse to continue another one."""
     description = json.dumps(
-        {name: getattr(config, name) for name in ("method", *DECISIVE)} | {"recipe": dataclasses.asdict(recipe)},
+        {name: getattr(config, name) for name in ("method", *DECISIVE)}
+        | ({} if config.drop_static is None else {"drop_static": config.drop_static})  # measured with the model
+        | {"recipe": dataclasses.asdict(recipe)},
         indent=1,
         default=str,
     )

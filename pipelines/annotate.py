@@ -66,6 +66,10 @@ def write_annotations(
         settings: How.
         signatures: What signed addresses are read with.
         placement: Where the model runs; None: where the settings and the nodes that are up say.
+
+    Raises:
+        LedgerError: Files of the folder that cannot be read.
+        OutputFailedError: It has failed for too long, here; of a task, as the cause of Ray's error.
     """
     fence(output)
     withdraw(output, output / MANIFEST_DIR, checkpoint.model_id)

@@ -7,6 +7,8 @@ after a SIGKILL) has nothing left to rename and cannot commit behind the new run
 commit by id in a folder of their own, do not have this fence: we saw rows twice after a quick restart.)
 """
 
+import contextlib
+import functools
 import os
 import shutil
 import uuid
@@ -22,8 +24,10 @@ from ray.data.block import Block, BlockAccessor
 
 from pipelines.clip_ids import Rows, rows_found
 from pipelines.metrics import SILENT, RunMetrics
+from pipelines.output import in_output
 from pipelines.row_files import has_rows, parquet_files, read_columns
 from pipelines.schema import ANNOTATIONS, MANIFEST
+from pipelines.waiting import Notices, told
 
 ANNOTATIONS_DIR, STAGING_DIR, REMAINING_DIR = "annotations", ".staging", ".remaining"
 # Files of annotations that a long run leaves, about, and the most rows that wait for each other to become one: listing
@@ -46,7 +50,10 @@ class StagedFiles:
     def __init__(self, output: Path, folder: str) -> None:
         self.output, self.run = output, uuid.uuid4().hex
         self.staging, self.target = output / STAGING_DIR / self.run, output / folder
-        self.staging.mkdir(parents=True)
+        in_output(output, self._make)
+
+    def _make(self) -> None:
+        self.staging.mkdir(parents=True, exist_ok=True)
         self.target.mkdir(exist_ok=True)
 
     def commit(self, name: str, table: pa.Table, **options: Any) -> None:
@@ -59,7 +66,11 @@ class StagedFiles:
 
         Raises:
             FileNotFoundError: The staging folder was taken away: another run has taken over.
+            OutputFailedError: It cannot be written.
         """
+        in_output(self.output, lambda: self._commit(name, table, options))
+
+    def _commit(self, name: str, table: pa.Table, options: dict[str, Any]) -> None:
         staged = self.staging / name
         with staged.open("wb") as file:
             pq.write_table(table, file, **options)
@@ -86,21 +97,23 @@ class CommittedFiles(Datasink[None]):
 
         Raises:
             FileNotFoundError: Another run has taken over.
+            OutputFailedError: They cannot be written.
         """
         # Ray's empty blocks may lack a schema.
         tables = [table for table in (BlockAccessor.for_block(block).to_arrow() for block in blocks) if len(table)]
         if tables:
             name = f"{self.files.run}-{ctx.task_idx:06d}.parquet"
             rows = pa.concat_tables(tables).cast(ANNOTATIONS)
-            self.files.commit(name, rows)
+            with told(Notices(self.files.output).post):
+                self.files.commit(name, rows)
             self.metrics.committed(rows)
 
 
 def fence(output: Path) -> None:
     """End what an earlier run may still be writing; by one rename, so that there is no moment in between."""
     fenced = output / f"{STAGING_DIR}-{uuid.uuid4().hex}"
-    if (output / STAGING_DIR).exists():
-        (output / STAGING_DIR).rename(fenced)
+    with contextlib.suppress(FileNotFoundError):  # no earlier run
+        in_output(output, lambda: (output / STAGING_DIR).rename(fenced))
     for left in output.glob(f"{STAGING_DIR}-*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -112,15 +125,31 @@ def write_remaining(output: Path, manifest: Path) -> int:
         LedgerError: A manifest that cannot be read.
     """
     folder, count = output / REMAINING_DIR, 0
-    shutil.rmtree(folder, ignore_errors=True)
+    _empty(output, folder)
     committed = rows_found(Rows(manifest, MANIFEST), Rows(output / ANNOTATIONS_DIR, ANNOTATIONS))
     for number, table in enumerate(read_columns(manifest, MANIFEST.names, MANIFEST)):
         left = table.filter(pa.array(~committed[number]))
         for start in range(0, len(left), _ROWS_PER_FILE):
-            folder.mkdir(exist_ok=True)
-            pq.write_table(left.slice(start, _ROWS_PER_FILE), folder / f"{number:06d}-{start:09d}.parquet")
+            path = folder / f"{number:06d}-{start:09d}.parquet"
+            in_output(output, functools.partial(_write, left.slice(start, _ROWS_PER_FILE), path))
         count += len(left)
     return count
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(table, path)
+
+
+def _empty(output: Path, folder: Path) -> None:
+    """Take a folder's files away, each for certain."""
+    for path in parquet_files(folder) if has_rows(folder) else ():
+        _remove(output, path)
+
+
+def _remove(output: Path, path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # done, and the answer was lost
+        in_output(output, path.unlink)
 
 
 def withdraw(output: Path, manifest: Path, model_id: str) -> None:
@@ -149,6 +178,7 @@ def keep_rows(output: Path, rows: Rows, kept: list[np.ndarray]) -> None:
     files = StagedFiles(output, rows.folder.name)
     for path, mask in zip(parquet_files(rows.folder), kept, strict=True):
         if not mask.any():
-            path.unlink()
+            _remove(output, path)
         elif not mask.all():
-            files.commit(path.name, pq.read_table(path, schema=rows.schema).filter(pa.array(mask)))
+            table = in_output(output, functools.partial(pq.read_table, path, schema=rows.schema))
+            files.commit(path.name, table.filter(pa.array(mask)))

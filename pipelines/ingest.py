@@ -18,8 +18,10 @@ from pipelines.limits import DEFAULT_LIMITS, DecoderChoice, Limits
 from pipelines.manifest import plan_video
 from pipelines.metrics import SILENT, RunMetrics
 from pipelines.nvdec import SLOTS_PER_GPU
+from pipelines.output import in_output
 from pipelines.placement import nodes_up, task_memory
 from pipelines.planning import manifest_table
+from pipelines.row_files import parquet_files
 from pipelines.schema import DECODED, MANIFEST
 from pipelines.storage.signatures import UNSIGNED, Signatures
 from pipelines.timeline import ClipPlan
@@ -62,14 +64,21 @@ def read_manifest(folder: Path) -> Dataset:
 
     A task runs again. (Ray's `read_parquet` lets an actor read footers, and a run ended when that died with its node.)
     """
-    paths = sorted(map(str, folder.iterdir()))
+    paths = list(map(str, parquet_files(folder)))
     return ray.data.from_items(paths, override_num_blocks=len(paths)).map_batches(
-        _read_files, batch_size=None, batch_format="pyarrow", num_cpus=_READ_CPUS
+        functools.partial(_read_files, output=folder.parent),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=_READ_CPUS,
     )
 
 
-def _read_files(paths: pa.Table) -> pa.Table:
-    return pa.concat_tables(pq.read_table(path, schema=MANIFEST) for path in paths["item"].to_pylist())
+def _read_files(paths: pa.Table, output: Path) -> pa.Table:
+    with told(Notices(output).post):
+        return pa.concat_tables(
+            in_output(output, functools.partial(pq.read_table, path, schema=MANIFEST))
+            for path in paths["item"].to_pylist()
+        )
 
 
 def plan_stage(videos: Iterable[Video], plan: ClipPlan) -> Dataset:

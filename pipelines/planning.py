@@ -24,6 +24,7 @@ from pipelines.failure import DecodeFailure
 from pipelines.known_videos import KnownVideos, identity_hashes
 from pipelines.limits import DEFAULT_LIMITS, Limits
 from pipelines.manifest import plan_video
+from pipelines.output import in_output
 from pipelines.probe import file_identity
 from pipelines.row_files import read_columns
 from pipelines.schema import MANIFEST, PlannedClip
@@ -66,9 +67,10 @@ def write_manifest(
 
     Raises:
         LedgerError: A manifest that cannot be read.
+        OutputFailedError: One that cannot be written.
     """
     fence(output)
-    is_new = not (output / MANIFEST_DIR).exists()
+    is_new = not _exists(output, output / MANIFEST_DIR)
     folder = output / (PARTIAL_DIR if is_new else MANIFEST_DIR)
     known, current = KnownVideos.read(folder), []
     for seen in _in_tasks(videos, plan, limits, StagedFiles(output, folder.name), known):
@@ -78,8 +80,23 @@ def write_manifest(
     if KnownVideos.joined([known, now]).has_changes:
         _drop_outdated(output, folder, now)
     if is_new:
-        folder.rename(output / MANIFEST_DIR)
+        _appear(output, folder)
     fence(output)
+
+
+def _exists(output: Path, folder: Path) -> bool:
+    try:
+        return bool(in_output(output, folder.stat))
+    except FileNotFoundError:
+        return False
+
+
+def _appear(output: Path, partial: Path) -> None:
+    try:
+        in_output(output, lambda: partial.rename(output / MANIFEST_DIR))
+    except FileNotFoundError:
+        if not _exists(output, output / MANIFEST_DIR):  # it was done, and the answer was lost
+            raise
 
 
 def _in_tasks(

@@ -1,10 +1,13 @@
-"""Reading folders of parquet files, one file after the other."""
+"""Reading folders of parquet files, one file after the other. Those of a run are waited for where they are away."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from pipelines.output import in_output
 
 
 class LedgerError(ValueError):
@@ -17,7 +20,7 @@ def parquet_files(folder: Path) -> list[Path]:
     Raises:
         LedgerError: No such folder, or none in it.
     """
-    files = sorted(folder.glob("*.parquet"))
+    files = _listed(folder)
     if not files:
         raise LedgerError(f"no parquet files in {folder}; run `python -m jobs.annotate` first")
     return files
@@ -31,12 +34,17 @@ def read_columns(folder: Path, columns: list[str], schema: pa.Schema) -> Iterato
     """
     for path in parquet_files(folder):
         try:
-            lacking = set(columns) - set(pq.read_schema(path).names)
-            if lacking:
-                raise LedgerError(f"{path} has no column {', '.join(sorted(lacking))}")
-            yield pq.read_table(path, columns=columns, schema=schema)
+            table = in_output(folder.parent, functools.partial(_read, path, columns, schema))
         except (pa.ArrowException, OSError) as error:
             raise LedgerError(f"cannot read {path}: {error}") from error
+        yield table
+
+
+def _read(path: Path, columns: list[str], schema: pa.Schema) -> pa.Table:
+    lacking = set(columns) - set(pq.read_schema(path).names)
+    if lacking:
+        raise LedgerError(f"{path} has no column {', '.join(sorted(lacking))}")
+    return pq.read_table(path, columns=columns, schema=schema)
 
 
 def count_rows(folder: Path) -> int:
@@ -50,11 +58,26 @@ def count_rows(folder: Path) -> int:
 
 def _footer(path: Path) -> pq.FileMetaData:
     try:
-        return pq.read_metadata(path)
+        return in_output(path.parent.parent, lambda: pq.read_metadata(path))
     except (pa.ArrowException, OSError) as error:
         raise LedgerError(f"cannot read {path}: {error}") from error
 
 
 def has_rows(folder: Path) -> bool:
-    """Whether there is a file."""
-    return next(folder.glob("*.parquet"), None) is not None
+    """Whether there is a file.
+
+    Raises:
+        LedgerError: A folder that cannot be read.
+    """
+    return bool(_listed(folder))
+
+
+def _listed(folder: Path) -> list[Path]:
+    """Sorted; none where there is no folder; `Path.glob` finds none, too, in a folder that is away."""
+    try:
+        paths = in_output(folder.parent, lambda: list(folder.iterdir()))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise LedgerError(f"cannot read {folder}: {error.strerror}") from error
+    return sorted(path for path in paths if path.suffix == ".parquet")

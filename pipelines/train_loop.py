@@ -1,5 +1,6 @@
 """What every worker of a training run does, with Ray or without."""
 
+import functools
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from mone.parallel import Parallel
 from mone.stages import TrainConfig
 from mone.training import Metrics, Trainer
 from mone.transfer import initialise_from
+from pipelines.output import append_line, in_output
 
 STATE_FILE, MODEL_DIR, SAMPLES_DIR, SPENT_FILE = "state.pt", "model", "samples", "spent.json"
 SHOWN_CAPACITIES = (0.2, 0.4, 1.0)
@@ -178,11 +180,15 @@ def finish(job: TrainJob, trainer: Trainer, sources: Sources, link: Link) -> Non
     spent = _spent(job, trainer)
     run = {"method": job.method, "capacity": job.train.only_capacity, "seed": job.train.seed, **spent}
     link.log({"kind": "curve", **run, "train_clips": len(sources.train), "points": points + static})
+    notes = "\n\n".join([job.notes, *_summary(points)])
+    in_output(Path(job.output), lambda: _write_model(job, model.cpu(), spent, notes))
+
+
+def _write_model(job: TrainJob, model: ViViT, spent: dict[str, Any], notes: str) -> None:
     folder = Path(job.output) / MODEL_DIR
     folder.mkdir(exist_ok=True)
     write_whole(folder / SPENT_FILE, json.dumps(spent).encode())
-    notes = "\n\n".join([job.notes, *_summary(points)])
-    save_checkpoint(model.cpu(), job.labels, folder, dtype=torch.bfloat16, notes=notes)
+    save_checkpoint(model, job.labels, folder, dtype=torch.bfloat16, notes=notes)
 
 
 def _spent(job: TrainJob, trainer: Trainer) -> dict[str, Any]:
@@ -226,12 +232,12 @@ class _SampleLog:
         if job.log_samples:
             start_ms = parallel.gather(time.time_ns() // 1_000_000)[0]
             self.path = Path(job.output) / SAMPLES_DIR / f"{start_ms}-rank{parallel.rank}.jsonl"
-            self.path.parent.mkdir(exist_ok=True)
+            in_output(Path(job.output), functools.partial(self.path.parent.mkdir, exist_ok=True))
 
     def write(self, step: int, batch: Batch) -> None:
         if self.path:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, "samples": batch.samples_B.tolist()}) + "\n")
+            line = json.dumps({"step": step, "samples": batch.samples_B.tolist()}) + "\n"
+            in_output(self.path.parent.parent, functools.partial(append_line, self.path, line.encode()))
 
 
 class _FailureLog:
@@ -261,8 +267,12 @@ class LocalLink:
 
     def save(self, state: dict[str, Any], metrics: dict[str, Any]) -> None:
         """Replace the state."""
+        in_output(self.path.parent, lambda: self._replace(state))
+
+    def _replace(self, state: dict[str, Any]) -> None:
         partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
+        with partial.open("wb") as file:  # whose errors are the disk's own
+            torch.save(state, file)
         partial.replace(self.path)
 
     def log(self, record: dict[str, Any]) -> None:

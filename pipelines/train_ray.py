@@ -1,6 +1,8 @@
 """A training run on Ray Train: workers, checkpoints in storage, restarts.
 
-Run again with the same storage it continues from the last checkpoint, with however many workers there are by then.
+Run again with the same storage it continues from the last checkpoint, with however many workers there are by then. It
+does so by itself as long as it gets on: what counts is that workers fail again without a new checkpoint in between,
+whatever they fail of. (Ray Train counts all failures of a run, of which a long one on spot machines has many.)
 """
 
 import functools
@@ -29,10 +31,12 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from mone.parallel import Parallel, Strategy
 from mone.training import DivergedError
+from pipelines.output import OutputFailedError, in_output, told_in
 from pipelines.train_loop import STATE_FILE, Sources, TrainJob, train_loop
+from pipelines.train_storage import RUN_NAME, in_storage, last_listed, load_last, make_ready, make_storage, store
+from pipelines.waiting import Notices, told
 
 DIVERGED_FILE = "diverged.txt"
-_RUN_NAME = "checkpoints"
 # A worker computes with torch's threads and waits for data the rest of the time; decoding tasks take the other cores.
 _WORKER_CPUS = 0.5
 
@@ -46,7 +50,8 @@ class Workers:
         strategy: "ddp" or "fsdp".
         storage: Folder or pyarrow URI of the checkpoints.
         device: "cuda", "cpu", or "" for GPUs where any is up.
-        max_failures: Restarts after the failure of a worker, before the run is given up; -1: any number.
+        max_failures: How often in a row workers may fail without a new checkpoint; -1: any number of times. A machine
+            that is taken away with notice is no failure.
         resize_s: Between two looks whether there is room for more workers.
     """
 
@@ -86,13 +91,39 @@ def fit(job: TrainJob, sources: Callable[[], Sources], workers: Workers, make_lo
     Raises:
         DivergedError: See `mone.training.Trainer.metrics`.
         TooFewCpusError: The workers would wait for ever for clips.
+        OutputFailedError: The output or the storage has failed for too long.
         WorkersFailedError: Workers failed too often.
     """
-    (Path(job.output) / DIVERGED_FILE).unlink(missing_ok=True)
+    output, storage = Path(job.output), workers.storage
+    in_output(output, lambda: (output / DIVERGED_FILE).unlink(missing_ok=True))
     _check_cpus(workers)
     _quiet()
+    make_storage(storage)
+    make_ready(storage)
+    failures, last = 0, in_storage(storage, lambda: last_listed(storage))
+    while True:
+        try:
+            _trainer(job, sources, workers, make_log).fit()
+            break
+        except TrainingFailedError as error:
+            reason = _reason(error)
+            if waited_for := told_in(reason):  # by a worker, for as long as that is done
+                raise OutputFailedError(waited_for) from error
+            make_ready(storage)
+            newest = in_storage(storage, lambda: last_listed(storage))
+            failures, last = failures * (newest == last) + 1, newest
+            if 0 <= workers.max_failures < failures:
+                times = f"{failures} times in a row without a new checkpoint: " if failures > 1 else ""
+                raise WorkersFailedError(times + reason) from error
+    if in_output(output, (output / DIVERGED_FILE).exists):
+        raise DivergedError((output / DIVERGED_FILE).read_text())
+
+
+def _trainer(
+    job: TrainJob, sources: Callable[[], Sources], workers: Workers, make_log: Callable[[], Log]
+) -> TorchTrainer:
     use_gpu = workers.use_gpu
-    trainer = TorchTrainer(
+    return TorchTrainer(
         functools.partial(_work, job=job, sources=sources, strategy=workers.strategy, make_log=make_log),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -102,18 +133,12 @@ def fit(job: TrainJob, sources: Callable[[], Sources], workers: Workers, make_lo
             resources_per_worker={"CPU": _WORKER_CPUS} | ({"GPU": 1} if use_gpu else {}),
         ),
         run_config=RunConfig(
-            name=_RUN_NAME,
+            name=RUN_NAME,
             storage_path=workers.storage,
-            failure_config=FailureConfig(max_failures=workers.max_failures),
+            failure_config=FailureConfig(max_failures=0),  # `fit` counts
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        raise WorkersFailedError(_reason(error)) from error
-    if (Path(job.output) / DIVERGED_FILE).exists():
-        raise DivergedError((Path(job.output) / DIVERGED_FILE).read_text())
 
 
 def _check_cpus(workers: Workers) -> None:
@@ -140,13 +165,14 @@ def _reason(error: TrainingFailedError) -> str:
 
 
 def _work(job: TrainJob, sources: Callable[[], Sources], strategy: Strategy, make_log: Callable[[], Log]) -> None:
-    context = ray.train.get_context()
+    context, output = ray.train.get_context(), Path(job.output)
     parallel = Parallel(get_device(), context.get_world_rank(), context.get_world_size(), strategy)
-    try:
-        train_loop(job, sources(), parallel, RayLink(make_log() if parallel.rank == 0 else None))
-    except DivergedError as error:  # again would end as before: no failure for Ray to retry
-        if parallel.rank == 0:
-            (Path(job.output) / DIVERGED_FILE).write_text(str(error))
+    with told(Notices(output).post):
+        try:
+            train_loop(job, sources(), parallel, RayLink(make_log() if parallel.rank == 0 else None))
+        except DivergedError as error:  # again would end as before: no failure to start again after
+            if parallel.rank == 0:
+                in_output(output, functools.partial((output / DIVERGED_FILE).write_text, str(error)))
 
 
 class RayLink:
@@ -157,11 +183,7 @@ class RayLink:
 
     def latest(self) -> dict[str, Any] | None:
         """The state of the last checkpoint that is whole."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return None
-        with checkpoint.as_directory() as folder:
-            return torch.load(Path(folder) / STATE_FILE, map_location="cpu", weights_only=True)
+        return load_last(lambda folder: torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True))
 
     def save(self, state: dict[str, Any], metrics: dict[str, Any]) -> None:
         """Report a checkpoint; the first worker holds all of it."""
@@ -174,6 +196,7 @@ class RayLink:
             metrics,
             checkpoint=Checkpoint.from_directory(folder),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=store,
             delete_local_checkpoint_after_upload=True,
         )
 

@@ -99,7 +99,7 @@ class Notices:
         texts = set[str]()
         with contextlib.suppress(OSError):
             now_s = time.time()
-            for path in self.folder.iterdir():
+            for path in self.folder.glob("[!.]*"):
                 if now_s - path.stat().st_mtime < _OUTDATED_S:
                     texts.add(path.read_text())
         return sorted(texts - {""})

@@ -81,12 +81,17 @@ CLUSTER = record(
 )
 JOB = record(
     {"entrypoint": TEXT, "clusterSelector": record({"ray.io/cluster": TEXT})},
-    submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+    submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode"]},  # SidecarMode selects no cluster
 )
 
 
 def manifest(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
-    names = record({}, name=TEXT, generateName=TEXT)
+    # The operator refuses a name that is no DNS-1035 label; pods' and services' names are longer than that.
+    names = record(
+        {},
+        name={"type": "string", "pattern": "^[a-z]([-a-z0-9]{0,48}[a-z0-9])?$"},
+        generateName={"type": "string", "pattern": "^[a-z][-a-z0-9]{0,40}$"},
+    )
     return record({"apiVersion": {"const": "ray.io/v1"}, "kind": {"const": kind}, "metadata": names, "spec": spec})
 
 

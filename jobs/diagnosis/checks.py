@@ -15,7 +15,8 @@ _GIB = 1 << 30
 
 # A worker holds part of one while clips are decoded for it.
 _LEAST_CPUS_TO_TRAIN = 2
-# Ray Data takes about half of the object store; of a decoding core, one block is made while the last one waits.
+# Ray Data takes about half of the object store; of a decoding core, one block is made while the last one waits. A core
+# has a second task, for the moments between two; Ray Data does without it where its blocks find no room.
 _STORE_BLOCKS_PER_CPU, _STORE_SHARE = 2, 0.5
 # Object stores and certificates refuse clocks that are minutes apart; seconds mix up logs.
 _SKEW_WARNING_S, _SKEW_ERROR_S = 2.0, 300.0

@@ -1,22 +1,15 @@
 """What every kind of store answers, and how often it is asked."""
 
-import itertools
-import random
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
-from pipelines import waiting
 from pipelines.failure import DecodeFailure
+from pipelines.patience import OutOfPatienceError, tried
 from pipelines.schema import Status
 
 # Until a connection stands, until the next bytes come, and until a range is there in full.
 CONNECT_S, STALL_S, FETCH_S = 10.0, 20.0, 60.0
-# How often a request is made at least, and how long a store may be away before its files fail. It is away since the
-# first failure in a row, so that a host which does not exist costs each process that time once, and not for each file.
-ATTEMPTS, PATIENCE_S = 5, 180.0
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 5.0
-_away_since_s: dict[str, float] = {}
 
 Answer = TypeVar("Answer")
 
@@ -66,24 +59,15 @@ def retried(ask: Callable[[], Answer], place: str) -> Answer:
         StorageFailure: The last one; at once where asking again cannot help.
     """
     try:
-        for attempt in itertools.count(1):
-            try:
-                answer = ask()
-            except StorageFailure as failure:
-                if not failure.transient:
-                    _away_since_s.pop(place, None)
-                    raise
-                away_s = time.monotonic() - _away_since_s.setdefault(place, time.monotonic())
-                if attempt >= ATTEMPTS and not (waiting.is_told() and away_s < PATIENCE_S):
-                    raise StorageFailure(failure.status, f"{failure} ({attempt} attempts)") from failure
-                waiting.tell(f"{place}: {failure}")
-            else:
-                _away_since_s.pop(place, None)
-                return answer
-            time.sleep(min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5))
-        raise AssertionError
-    finally:
-        waiting.tell("")
+        return tried(ask, place, _passing)
+    except OutOfPatienceError as end:
+        failure = end.__cause__
+        assert isinstance(failure, StorageFailure)
+        raise StorageFailure(failure.status, f"{failure} ({end})") from failure
+
+
+def _passing(failure: Exception) -> str:
+    return str(failure) if isinstance(failure, StorageFailure) and failure.transient else ""
 
 
 def drained(chunks: Iterable[bytes]) -> bytes:

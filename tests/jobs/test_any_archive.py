@@ -144,7 +144,7 @@ def test_another_model_is_refused_or_does_its_clips_again(archive, tmp_path, mod
 
 @pytest.mark.parametrize("archive", ["s3://no-such-bucket/v/", "s3://id:5ecret@bucket/v/", "https://h/list.csv?5ecret"])
 def test_what_cannot_be_listed_is_said_in_one_line(s3_server, tmp_path, model_folder, capsys, monkeypatch, archive):
-    monkeypatch.setattr("pipelines.storage.store._FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr("pipelines.patience._FIRST_WAIT_S", 0.0)
     assert annotate(archive.replace("h/", "127.0.0.1:9/"), tmp_path / "run", model_folder) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1 and "5ecret" not in printed.err

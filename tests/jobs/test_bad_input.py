@@ -20,7 +20,7 @@ import jobs.render
 import jobs.report
 import jobs.sweep
 import jobs.train
-import pipelines.storage.store
+import pipelines.patience
 from tests.conftest import write_labels
 
 JOBS = {
@@ -49,7 +49,7 @@ def _no_ray(monkeypatch):
 def _no_s3(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr(pipelines.storage.store, "_FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(pipelines.patience, "_FIRST_WAIT_S", 0.0)
 
 
 @pytest.fixture

@@ -1,11 +1,15 @@
 """metrics.jsonl: whole lines, one of each kind and step, whatever was killed; TensorBoard shows the same."""
 
+import errno
 import json
 import math
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
+import jobs.metrics
 from jobs.metrics import MetricsWriter, read_metrics
 
 
@@ -119,3 +123,26 @@ def test_a_file_that_no_writer_wrote_is_left_alone(tmp_path, line):
     with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is no record"):
         MetricsWriter(tmp_path)
     assert line in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_disk_that_fails_costs_neither_a_line_nor_an_event(tmp_path, monkeypatch):
+    """TensorBoard's is full; then that of metrics.jsonl fails with half a line there, and with a whole one."""
+    append, left = jobs.metrics.append_line, [5, None]
+
+    def failing(path: Path, line: bytes) -> None:
+        append(path, line)
+        if left:
+            cut = left.pop(0)
+            os.truncate(path, path.stat().st_size - len(line[cut:]) if cut else path.stat().st_size)
+            raise OSError(errno.EIO, "no answer")
+
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("step", 1, {"loss": 2.5})
+        with Path("/dev/full").open("wb", buffering=0) as full:
+            writer._board._events._py_recordio_writer._writer = full
+            writer.write("step", 2, {"loss": 2.5})
+        monkeypatch.setattr("jobs.metrics.append_line", failing)
+        for step in (3, 4):
+            writer.write("step", step, {"loss": 2.5})
+    assert not left and [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert events(tmp_path) == {("step/loss", step): [2.5] for step in (1, 2, 3, 4)}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobs.run_record import read_run
+from jobs.run_record import read_run, write_run
 from jobs.session import Session, efficiency, run_name, speed
 from pipelines.ledger import Totals
 from pipelines.metrics import RunMetrics
@@ -43,6 +43,7 @@ def test_folders_of_the_same_name_are_different_runs(tmp_path):
 @pytest.mark.usefixtures("shared_ray")
 def test_a_session_that_is_stopped_is_recorded_beside_those_before_it(tmp_path):
     record = {"identity": {}, "sessions": [ON_CPUS]}
+    write_run(tmp_path, record)
     session = Session(tmp_path, record, RunMetrics("stopped"), price_per_hour=1.0)
     with pytest.raises(KeyboardInterrupt), session.measured():
         raise KeyboardInterrupt

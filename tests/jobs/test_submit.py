@@ -26,9 +26,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-# The cluster has a token of its own, which whoever submits must have, too.
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "PYTHONPATH")}
-ENVIRONMENT |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+# The head has a token of its own, and so asks for it. Whoever submits must have it, too, and say so.
+NOT_INHERITED = ("RAY_ADDRESS", "RAY_AUTH_MODE", "PYTHONPATH")
+OF_THE_HEAD = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}
+OF_THE_HEAD |= {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+ENVIRONMENT = OF_THE_HEAD | {"RAY_AUTH_MODE": "token"}
 # Many clips that overlap, at first one at a time: there has to be time to stop the job between two files of them.
 STRIDE_S = 0.001
 SLOWLY = ["--batch-size", 1, "--num-model-workers", 1]
@@ -38,6 +40,9 @@ def free_port() -> int:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         return bound.getsockname()[1]
+
+
+GCS_PORT = free_port()
 
 
 def wait_for(condition: Callable[[], object], limit_s: float) -> None:
@@ -54,13 +59,13 @@ def url() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="submit-", ignore_cleanup_errors=True) as temp:
         options = [
             *("--head", "--block", "--disable-usage-stats", "--num-cpus=2", "--object-store-memory=200000000"),
-            *("--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--temp-dir={temp}"),
+            *("--node-ip-address=127.0.0.1", f"--port={GCS_PORT}", f"--temp-dir={temp}"),
             *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"),
             *(f"--dashboard-agent-listen-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0"),
         ]
         head = subprocess.Popen(
             [*RAY, "start", *options],
-            env=ENVIRONMENT,
+            env=OF_THE_HEAD,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -84,8 +89,14 @@ def answers(port: int) -> bool:
 
 
 def ray_job(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [*RAY, "job", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    return run(*RAY, "job", *arguments, environment=ENVIRONMENT)
+
+
+def run(*command: object, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    arguments = list(map(str, command))
+    return subprocess.run(
+        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def submit(url: str, name: str, *arguments: object, wait: bool = True, job: str) -> subprocess.CompletedProcess[str]:
@@ -153,3 +164,16 @@ def test_the_doctor_and_the_bundled_model_travel(url, archive, tmp_path):
     ended = submit(url, "doctor", "--output", tmp_path, "--archive", archive, job="doctor")
     assert ended.returncode == 0, ended.stdout
     assert f"{tmp_path} is written and read by 1 node" in ended.stdout
+
+
+def test_who_comes_without_the_token_is_told_what_to_do(url, model_folder):
+    ended = run(*RAY, "job", "submit", "--address", url, "--", "true", environment=OF_THE_HEAD)
+    assert ended.returncode == 1 and "Missing authentication token" in ended.stderr
+    for environment, advice in (
+        (OF_THE_HEAD, "export RAY_AUTH_MODE=token"),
+        (ENVIRONMENT | {"RAY_AUTH_TOKEN": "0" * 64}, "the token of its head"),
+    ):
+        doctor = [sys.executable, "-m", "jobs.doctor", "--address", f"127.0.0.1:{GCS_PORT}", "--model", model_folder]
+        ended = run(*doctor, environment=environment)
+        last = ended.stderr.splitlines()[-1]
+        assert ended.returncode == 2 and last.startswith("python -m jobs.doctor: no Ray cluster") and advice in last

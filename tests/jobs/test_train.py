@@ -217,7 +217,9 @@ def samples_of_epochs(run: Path, steps_per_epoch: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "change", [["--recipe", "other"], ["--epochs", "3"], ["--seed", "1"], ["--data", "motions"]], ids=lambda c: c[0]
+    "change",
+    [["--recipe", "other"], ["--epochs", "3"], ["--seed", "1"], ["--data", "motions"], ["--drop-static", "2"]],
+    ids=lambda c: c[0],
 )
 def test_another_run_needs_another_folder(data, tmp_path, capsys, change):
     run = tmp_path / "run"
@@ -258,6 +260,9 @@ def test_a_loss_that_is_not_finite_is_status_1_and_no_such_state_is_kept(data, t
         (["--cache", "s3://there"], "--cache must be a folder without --num-workers"),
         (["--storage", "there"], "--storage has no effect without --num-workers"),
         (["--address", "there"], "--address has no effect without --num-workers"),
+        (["--cache-gb", "5"], "--cache-gb has no effect without --num-workers"),
+        (["--max-failures", "5"], "--max-failures has no effect without --num-workers"),
+        (["--max-failures", "-2", "--num-workers", "1"], "--max-failures must be at least -1, got -2"),
         (["--num-workers", "1", "--device", "abacus"], "--device must be cuda or cpu"),
         (["--strategy", "fsdp"], "--strategy fsdp needs --num-workers"),
         (["--checkpoint-every", "0"], "--checkpoint-every must be at least 1"),

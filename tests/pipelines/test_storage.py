@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 import pytest
 
+from pipelines import patience
 from pipelines.decode import Clip, Source, decode_clips
 from pipelines.failure import DecodeFailure
 from pipelines.probe import file_identity, probe
@@ -32,7 +33,7 @@ SECRET = "X-Amz-Signature=5ec7e7"
 
 @pytest.fixture
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(store, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(patience, "_FIRST_WAIT_S", 0.001)
 
 
 @pytest.fixture
@@ -196,7 +197,7 @@ def test_a_fault_that_stays_is_a_failure_with_its_reason_and_without_the_signatu
 
 
 def test_a_store_that_is_away_is_waited_for_where_somebody_is_told(web, monkeypatch):
-    monkeypatch.setattr(store, "_LONGEST_WAIT_S", 0.01)
+    monkeypatch.setattr(patience, "_LONGEST_WAIT_S", 0.01)
     (web.folder / "a.bin").write_bytes(b"content")
     web.faults = [answer(503)] * 20
     said: list[str] = []
@@ -207,14 +208,14 @@ def test_a_store_that_is_away_is_waited_for_where_somebody_is_told(web, monkeypa
 
 
 def test_a_store_that_does_not_come_back_is_waited_for_once(web, monkeypatch):
-    monkeypatch.setattr(store, "_LONGEST_WAIT_S", 0.01)
-    monkeypatch.setattr(store, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(patience, "_LONGEST_WAIT_S", 0.01)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.3)
     web.faults = [answer(503)] * 10_000
     with told(lambda text: None):
         assert "attempts" in str(failure_of(f"{web.url}/a.mp4"))
         web.requests.clear()
         assert failure_of(f"{web.url}/b.mp4").status == Status.MISSING
-    assert len(web.requests) == store.ATTEMPTS
+    assert len(web.requests) == patience.ATTEMPTS
 
 
 def test_a_server_that_is_not_there_is_a_failure():

@@ -27,6 +27,7 @@ from mone.parallel import Parallel
 from mone.stages import Stage, TrainConfig
 from mone.training import DivergedError
 from pipelines.train_loop import LocalLink, Sources, TrainJob, train_loop
+from pipelines.train_storage import last_listed
 from tests.conftest import TINY, write_labels
 from tests.jobs.test_train import metrics, samples_of_epochs, weights
 from tests.media import indexed_frames, write_video
@@ -196,12 +197,61 @@ def test_every_way_to_run_gives_the_same_model(alone, tmp_path, options):
 def test_workers_that_fail_again_and_again_are_given_up(tmp_path):
     from pipelines.train_ray import WorkersFailedError
 
-    with pytest.raises(WorkersFailedError, match=r"worker 0 failed: .*no clips today"):
-        fit_here(job(tmp_path / "run"), no_sources, 1, max_failures=1)
+    with pytest.raises(WorkersFailedError, match=r"2 times in a row .* checkpoint: worker 0 failed: .*no clips today"):
+        fit_here(job(tmp_path / "run"), functools.partial(no_sources, tmp_path / "run" / "asked"), 1, max_failures=1)
+    assert (tmp_path / "run" / "asked").read_text() == "??"
 
 
-def no_sources() -> Sources:
+def no_sources(asked: Path) -> Sources:
+    with asked.open("a") as file:
+        file.write("?")
     raise OSError("no clips today")
+
+
+class Fallible(MemoryClips):
+    """Clips whose reader fails after a new checkpoint, three times, and at one sample again and again."""
+
+    def __init__(self, clips: MemoryClips, run: Path, bad_sample: int) -> None:
+        super().__init__(clips.frames_STHWC, clips.labels_S)
+        self.run, self.bad_sample, self.first = run, bad_sample, last_listed(str(run))
+
+    def batches(self, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
+        failed = self.run / "failed"
+        for batch in super().batches(plan):
+            if self.bad_sample in batch.samples_B.tolist():
+                raise ValueError("a bad sample")
+            before = failed.read_text() if failed.exists() else ""
+            if len(before) < 3 and last_listed(str(self.run)) != self.first:
+                failed.write_text(before + "!")
+                raise RuntimeError("the machine is gone")
+            time.sleep(0.1)  # a checkpoint comes while training goes on
+            yield batch
+
+
+def fallible(run: Path, bad_sample: int) -> Sources:
+    torch.set_num_threads(1)
+    return Sources(Fallible(noise(), run, bad_sample), noise(6), noise(0))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
+def test_a_run_that_gets_on_fails_as_often_as_it_likes(tmp_path):
+    fit_here(job(tmp_path / "run"), functools.partial(fallible, tmp_path / "run", -1), 1, max_failures=1)
+    assert (tmp_path / "run" / "failed").read_text() == "!!!"
+    assert samples_of_epochs(tmp_path / "run", STEPS) == [[*range(NUM_SAMPLES)]] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
+def test_one_that_fails_at_the_same_place_again_and_again_is_given_up(tmp_path):
+    from mone.order import EpochOrder
+    from pipelines.train_ray import WorkersFailedError
+
+    bad = int(EpochOrder(NUM_SAMPLES, 0).permutation(1)[BATCH * 8])
+    with pytest.raises(WorkersFailedError, match=r"2 times in a row .*: a bad sample"):
+        fit_here(job(tmp_path / "run"), functools.partial(fallible, tmp_path / "run", bad), 1, max_failures=1)
+    starts = {file.name.split("-")[0] for file in (tmp_path / "run" / "samples").iterdir()}
+    assert len(starts) <= 3 + 2  # those that got on, and the two that did not
 
 
 @pytest.fixture
