@@ -54,7 +54,7 @@ def loop(monkeypatch) -> None:
 
     monkeypatch.setattr(jobs.evaluate, "score_videos", score_videos)
     monkeypatch.setattr(jobs.evaluate, "connected", lambda address: contextlib.nullcontext())
-    monkeypatch.setattr(jobs.evaluate, "placed", lambda wanted: None)
+    monkeypatch.setattr(jobs.evaluate, "placed", lambda *_: None)
 
 
 def evaluated(capsys, data: Path, model: Path, *options: object) -> dict:
