@@ -72,7 +72,7 @@ class AnnotateSpeed:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = self._checkpoint(Path(folder))
             cases = list(self._cases(checkpoint, Path(folder)))
-            rates = _model_rates(checkpoint, self.capacity, self.batch_size)
+            rates = _model_rates(checkpoint, self.capacity, self.batch_size, device)
             # Before Ray starts: each takes all cores, and NVDEC's slots.
             limits = {
                 (number, way): _limit(case, checkpoint, way)
@@ -206,7 +206,7 @@ def _limit(case: Case, checkpoint: Checkpoint, way: DecoderChoice) -> float:
     return len(case.planned.clips) / take.seconds
 
 
-def _model_rates(checkpoint: Checkpoint, capacity: float, batch_size: int) -> tuple[float, float]:
+def _model_rates(checkpoint: Checkpoint, capacity: float, batch_size: int, device: torch.device) -> tuple[float, float]:
     """Clips a second of the model alone, and of its stage with decoded clips at hand."""
     import time
 
@@ -216,7 +216,7 @@ def _model_rates(checkpoint: Checkpoint, capacity: float, batch_size: int) -> tu
     from pipelines.tokenize import Tokens
 
     config = checkpoint.config
-    annotator = Annotator(checkpoint, capacity, 5)
+    annotator = Annotator(checkpoint, capacity, 5, device="cuda" if device.type == "cuda" else "cpu")
     shape = (batch_size, 1, config.num_indices, config.num_tokens, config.patch_values)
     tokens = Tokens(list(range(batch_size)), np.random.default_rng(0).integers(0, 256, shape, np.uint8), None)
     on_device = torch.from_numpy(tokens.patches).flatten(0, 1).to(annotator.device)

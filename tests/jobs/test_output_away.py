@@ -15,7 +15,7 @@ from pipelines.ledger import audit
 from pipelines.planning import MANIFEST_DIR
 from pipelines.waiting import WAITING_DIR
 from tests.conftest import NUM_VIDEOS, command_of
-from tests.jobs.test_storage_away import MANY_CLIPS, wait_until
+from tests.jobs.test_storage_away import MANY_CLIPS, run_through, wait_until
 from tests.jobs.test_train import samples_of_epochs
 from tests.pipelines.test_train_ray import BATCH, checkpoints, videos  # noqa: F401 - a fixture
 from tests.pipelines.test_train_ray import command_of as tiny_command
@@ -82,23 +82,6 @@ def renamed(output: Path) -> Iterator[None]:
     output.rename(output.with_name("away"))
     yield
     output.with_name("away").rename(output)
-
-
-def run_through(command: dict, has_begun: Callable, away: Callable, away_s: float, log: Path) -> str:
-    """Run a job whose output fails once it has begun, for as long at least; the one line that the job says of it."""
-    with log.open("w") as said:
-        job = subprocess.Popen(**command, stdout=said, stderr=subprocess.STDOUT)
-    try:
-        wait_until(has_begun, job)
-        with away():
-            wait_until(lambda: "waiting " in log.read_text(), job)
-            with pytest.raises(subprocess.TimeoutExpired):
-                job.wait(away_s)
-        assert job.wait(timeout=300) == 0, log.read_text()
-    finally:
-        job.kill()
-    (line,) = [line for line in log.read_text().replace("\r", "\n").splitlines() if line.startswith("waiting ")]
-    return line
 
 
 def annotate_through(command: dict, output: Path, away: Callable, away_s: float, log: Path) -> str:

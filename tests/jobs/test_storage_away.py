@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -80,26 +81,32 @@ def test_a_run_waits_says_so_and_ends_as_if_nothing_had_been(
     run, log = tmp_path / "run", tmp_path / "log"
     # Less time for a file than the store is away.
     options = ["--output", run, "--model", model_folder, *MANY_CLIPS, "--timeout-s", 20]
-    with log.open("w") as said:
-        job = subprocess.Popen(
-            **command_of("annotate", f"s3://{bucket.name}/v/", *options), stdout=said, stderr=subprocess.STDOUT
-        )
-    try:
-        wait_until(lambda: any((run / ANNOTATIONS_DIR).glob("*.parquet")), job)
-        with away(server):
-            wait_until(lambda: "waiting " in log.read_text(), job)
-            with pytest.raises(subprocess.TimeoutExpired):
-                job.wait(AWAY_S)
-        assert job.wait(timeout=300) == 0, log.read_text()
-    finally:
-        job.kill()
-    lines = [line for line in log.read_text().replace("\r", "\n").splitlines() if line.startswith("waiting ")]
-    assert len(lines) == 1 and f"s3://{bucket.name}" in lines[0] and reason in lines[0]
+    command = command_of("annotate", f"s3://{bucket.name}/v/", *options)
+    rows = run / ANNOTATIONS_DIR
+    line = run_through(command, lambda: any(rows.glob("*.parquet")), lambda: away(server), AWAY_S, log)
+    assert f"s3://{bucket.name}" in line and reason in line
     found = audit(run / MANIFEST_DIR, run / ANNOTATIONS_DIR)
     assert found.clean and found.planned > 20 * NUM_VIDEOS
     failed = totals(run / ANNOTATIONS_DIR, frozenset()).failures
     assert sorted(status for status, _ in failed) == ["decode_error", "empty"]
     assert not (run / WAITING_DIR).exists()
+
+
+def run_through(command: dict, has_begun: Callable, away: Callable, away_s: float, log: Path) -> str:
+    """Run a job that is without a place once it has begun, for as long at least; the one line that it says of it."""
+    with log.open("w") as said:
+        job = subprocess.Popen(**command, stdout=said, stderr=subprocess.STDOUT)
+    try:
+        wait_until(has_begun, job)
+        with away():
+            wait_until(lambda: "waiting " in log.read_text(), job)
+            with pytest.raises(subprocess.TimeoutExpired):
+                job.wait(away_s)
+        assert job.wait(timeout=300) == 0, log.read_text()
+    finally:
+        job.kill()
+    (line,) = [line for line in log.read_text().replace("\r", "\n").splitlines() if line.startswith("waiting ")]
+    return line
 
 
 def wait_until(condition: Callable[[], bool], job: subprocess.Popen) -> None:
