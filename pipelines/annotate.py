@@ -20,6 +20,10 @@ from pipelines.storage.signatures import UNSIGNED, Signatures
 from pipelines.view import WHOLE_CLIPS, TokenOptions
 from pipelines.waiting import Notices
 
+_BATCH_SIZE = 16
+# Of a model on a GPU, which is faster than Ray hands them over one by one.
+_CLIPS_OF_CALL = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -126,17 +130,19 @@ def model_stage(
     Args:
         decoded: From `tokenize_stage`.
         model: Callable class.
-        arguments: Of its constructor, which also takes `device`, "cuda" or "cpu".
-        batch_size: Clips of a call; 0 picks by device.
+        arguments: Of its constructor, which also takes `device`, "cuda" or "cpu", and `batch_size`.
+        batch_size: Clips of a forward pass; 0 picks by device.
         placement: Where it runs; None: on GPUs where any is up, else on CPUs.
     """
     placement = placement or place(ANY_DEVICE, nodes_up())
+    batch_size = batch_size or _BATCH_SIZE
+    at_once = batch_size * max(1, _CLIPS_OF_CALL // batch_size) if placement.gpus else batch_size
     return decoded.map_batches(
         model,
         fn_constructor_args=arguments,
         # A process that asked for no GPU may see those of its node all the same.
-        fn_constructor_kwargs={"device": placement.device},
-        batch_size=batch_size or (64 if placement.gpus else 16),
+        fn_constructor_kwargs={"device": placement.device, "batch_size": batch_size},
+        batch_size=at_once,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=placement.least, max_size=placement.most),
         num_cpus=placement.cpus,

@@ -92,7 +92,7 @@ def call_each(tasks: Sequence[Call], first: Call | None = None) -> Iterator[Any]
     while done < len(tasks):
         child = getattr(_children, "child", None)
         # What earlier calls have leaked must not be held against the next.
-        if child is None or not child.is_usable() or child.memory_bytes() > tasks[done].memory_bytes // 2:
+        if child is None or not child.serves(first) or child.memory_bytes() > tasks[done].memory_bytes // 2:
             child = _children.child = _started(first)
         try:
             for result in child.call_each(tasks[done:]):
@@ -104,12 +104,12 @@ def call_each(tasks: Sequence[Call], first: Call | None = None) -> Iterator[Any]
 
 
 def _started(first: Call | None) -> "_Child":
-    child = _Child()
+    child = _Child(first)
     if first is not None:
         try:
             child.prepare(first)
         except Killed:
-            return _Child()
+            return _Child(first)
     return child
 
 
@@ -124,13 +124,14 @@ _children = threading.local()  # a child for each thread that calls, ended with 
 class _Child(Channel):
     """One process, from its start to its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: Call | None = None) -> None:
+        """Start it; `first` is what it is started for."""
         connection, theirs = socket.socketpair()
         memory, board, (lifeline, ours) = shared_memory(), waiting.board(), os.pipe()
         super().__init__(connection, memory)
         self._board = waiting.Board(board)
         descriptors = (theirs.fileno(), memory, board, lifeline)
-        self._owner, self._is_busy, self._held_bytes = os.getpid(), False, 0
+        self._owner, self._is_busy, self._held_bytes, self._first = os.getpid(), False, 0, first
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"from pipelines.child import _serve; _serve(*{descriptors}, {_PRELOADED})"],
             pass_fds=descriptors,
@@ -150,8 +151,10 @@ class _Child(Channel):
             raise RuntimeError(f"a process for decoding does not start: {_ending(self._process.wait())}")
         connection.settimeout(_LOOK_S)
 
-    def is_usable(self) -> bool:
-        return not self._is_busy and self._owner == os.getpid() and self._process.poll() is None
+    def serves(self, first: Call | None) -> bool:
+        """Whether it waits for calls, after such a start if one is wanted."""
+        is_wanted = first is None or first == self._first
+        return is_wanted and not self._is_busy and self._owner == os.getpid() and self._process.poll() is None
 
     def memory_bytes(self) -> int:
         """Resident memory without shared pages: what it has allocated since it was prepared."""

@@ -56,10 +56,18 @@ class Scorer:
     """A model at K capacities, as a callable for Ray Data: DECODED rows to scored rows."""
 
     def __init__(
-        self, checkpoint: Checkpoint, capacities: tuple[float, ...], engine: Engine = "auto", *, device: Device = "auto"
+        self,
+        checkpoint: Checkpoint,
+        capacities: tuple[float, ...],
+        engine: Engine = "auto",
+        *,
+        device: Device = "auto",
+        batch_size: int = 16,
     ) -> None:
         self.config = checkpoint.config
-        self.annotator = Annotator(checkpoint, capacities[0], top_k=1, engine=engine, device=device)
+        self.annotator = Annotator(
+            checkpoint, capacities[0], top_k=1, engine=engine, device=device, batch_size=batch_size
+        )
         self.capacities = capacities
 
     def __call__(self, decoded: pa.Table) -> pa.Table:

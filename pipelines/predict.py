@@ -1,5 +1,6 @@
 """The model stage: patches to annotations, row for row."""
 
+import contextlib
 import time
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from mone.engine.support import check_engine
 from pipelines.metrics import SILENT, RunMetrics
 from pipelines.placement import Device
 from pipelines.schema import ANNOTATIONS, Status
+from pipelines.staging import Staging
 from pipelines.tokenize import Tokens, tokens_of
 
 
@@ -40,8 +42,9 @@ class Annotator:
         metrics: RunMetrics = SILENT,
         *,
         device: Device = "auto",
+        batch_size: int = 16,
     ) -> None:
-        """Load the model; "auto" takes a GPU where one can be seen."""
+        """Load the model; "auto" takes a GPU where one can be seen, which takes `batch_size` views at a time."""
         self.checkpoint, self.capacity = checkpoint, capacity
         self.top_k = min(top_k, checkpoint.config.num_classes)
         check_capacity(capacity, checkpoint.config.num_experts)
@@ -51,7 +54,19 @@ class Annotator:
         self.model.encoder.engine = engine
         # Kernels are so short that the host's work for each would show.
         self.replayed = Replayed(self.model) if engine != "reference" and self.device.type == "cuda" else None
+        self.batch_size = batch_size
+        self.staging = Staging(self.device) if self.device.type == "cuda" else None
+        if self.replayed is not None:
+            self._warm_up()
         self.metrics, self._idle_since_s = metrics, time.perf_counter()
+
+    def _warm_up(self) -> None:
+        """Compile kernels and record a graph, while the first clips are being decoded."""
+        config = self.checkpoint.config
+        nothing = np.zeros((1, config.num_indices, config.num_tokens, config.patch_values), dtype=np.uint8)
+        with contextlib.suppress(Exception):  # what fails here fails again with clips, which then say so
+            for _ in range(2):
+                self.probabilities(Tokens([0], [nothing], None), self.capacity)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Annotate a batch. Nothing raises: a clip that the model cannot take is a row with `model_error`."""
@@ -69,15 +84,16 @@ class Annotator:
         self._idle_since_s = time.perf_counter()
         return pa.Table.from_pylist(annotated, schema=ANNOTATIONS)
 
-    def _answer(self, tokens: Tokens) -> list[_Answer]:
+    def _answer(self, tokens: Tokens, batch_size: int = 0) -> list[_Answer]:
         """Run the batch; if that fails, each clip alone, so that one cannot take its neighbours with it."""
         compute = self.compute(tokens, self.capacity)
         try:
-            probabilities_BC = self.probabilities(tokens, self.capacity)
+            probabilities_BC = self.probabilities(tokens, self.capacity, batch_size)
         except Exception as error:  # out of memory, a kernel's failure
-            if len(tokens.rows) == 1:
+            if batch_size == 1:
                 return [_Answer(None, compute, f"{type(error).__name__}: {error}")]
-            return [answer for clip in _one_by_one(tokens) for answer in self._answer(clip)]
+            alone = (tokens.slice(row, row + 1) for row in range(len(tokens.rows)))
+            return [answer for clip in alone for answer in self._answer(clip, batch_size=1)]
         return [
             _Answer(row, compute)
             if np.isfinite(row).all()
@@ -88,16 +104,32 @@ class Annotator:
     def compute(self, tokens: Tokens, capacity: float) -> Compute:
         """What each of these clips costs, all views together."""
         num_kept = None if tokens.kept_BK is None else tokens.kept_BK.shape[1]
-        return clip_compute(self.checkpoint.config, capacity, num_kept).times(tokens.patches.shape[1])
+        return clip_compute(self.checkpoint.config, capacity, num_kept).times(len(tokens.clips[0]))
 
     @torch.inference_mode()
-    def probabilities(self, tokens: Tokens, capacity: float) -> np.ndarray:
-        """Class probabilities float32 [B, C] at an effective capacity, averaged over views."""
-        patches = torch.from_numpy(tokens.patches).to(self.device)
-        kept_BK = None if tokens.kept_BK is None else torch.from_numpy(tokens.kept_BK).to(self.device)
+    def probabilities(self, tokens: Tokens, capacity: float, batch_size: int = 0) -> np.ndarray:
+        """Class probabilities float32 [B, C] at an effective capacity, averaged over views.
+
+        Args:
+            tokens: B clips, one at least.
+            capacity: e_c.
+            batch_size: Views that a GPU takes at a time, the last of which are filled up: each size has kernels and a
+                graph of its own. By default that of the constructor.
+        """
+        if self.staging is None:
+            kept_BK = None if tokens.kept_BK is None else torch.from_numpy(tokens.kept_BK)
+            return self._forward(torch.from_numpy(tokens.patches), kept_BK, capacity).numpy()
+        step, found = max(1, (batch_size or self.batch_size) // len(tokens.clips[0])), []
+        for start in range(0, len(tokens.rows), step):
+            part = tokens.slice(start, start + step)
+            patches, kept_BK = self.staging.to_device(part.clips, part.kept_BK, step)
+            found.append(self._forward(patches, kept_BK, capacity)[: len(part.rows)])
+        return torch.cat(found).cpu().numpy()
+
+    def _forward(self, patches: torch.Tensor, kept_BK: torch.Tensor | None, capacity: float) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
             logits = (self.replayed or self.model)(patches.flatten(0, 1), capacity, kept_BK=kept_BK).logits_BC
-        return logits.float().softmax(-1).unflatten(0, patches.shape[:2]).mean(dim=1).cpu().numpy()
+        return logits.float().softmax(-1).unflatten(0, patches.shape[:2]).mean(dim=1)
 
     def _row(self, row: dict, answer: _Answer | None, model_ms: float) -> dict:
         known = {name: row[name] for name in ANNOTATIONS.names if name in row}
@@ -123,11 +155,3 @@ class Annotator:
             "dense_flops": answer.compute.dense_flops,
             "model_ms": model_ms,
         }
-
-
-def _one_by_one(tokens: Tokens) -> list[Tokens]:
-    def one(index: int) -> Tokens:
-        kept_BK = None if tokens.kept_BK is None else tokens.kept_BK[index : index + 1]
-        return Tokens(tokens.rows[index : index + 1], tokens.patches[index : index + 1], kept_BK)
-
-    return [one(index) for index in range(len(tokens.rows))]

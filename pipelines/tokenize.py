@@ -80,13 +80,23 @@ class Tokens(NamedTuple):
 
     Attributes:
         rows: Their rows in the table, ascending.
-        patches: uint8 [B, V, F, N, P], or [B, 1, K, P] where static patches were dropped.
+        clips: uint8 [V, F, N, P] of each, or [1, K, P] where static patches were dropped; where the table has them.
         kept_BK: int64 places of the kept patches; None where all are there.
     """
 
     rows: list[int]
-    patches: np.ndarray
+    clips: list[np.ndarray]
     kept_BK: np.ndarray | None
+
+    @property
+    def patches(self) -> np.ndarray:
+        """A copy of all clips, uint8 [B, V, F, N, P] or [B, 1, K, P]."""
+        return np.stack(self.clips)
+
+    def slice(self, start: int, stop: int) -> "Tokens":
+        """Some neighbours."""
+        kept_BK = None if self.kept_BK is None else self.kept_BK[start:stop]
+        return Tokens(self.rows[start:stop], self.clips[start:stop], kept_BK)
 
 
 def tokens_of(decoded: pa.Table, config: ModelConfig) -> list[Tokens]:
@@ -101,5 +111,5 @@ def tokens_of(decoded: pa.Table, config: ModelConfig) -> list[Tokens]:
         shape = (kept_bytes // 4,) if kept_bytes else (config.num_indices, config.num_tokens)
         clips = [np.frombuffer(patches[row], dtype=np.uint8).reshape(-1, *shape, config.patch_values) for row in rows]
         places = [np.frombuffer(kept[row], dtype=np.int32).astype(np.int64) for row in rows] if kept_bytes else None
-        groups.append(Tokens(rows, np.stack(clips), None if places is None else np.stack(places)))
+        groups.append(Tokens(rows, clips, None if places is None else np.stack(places)))
     return groups

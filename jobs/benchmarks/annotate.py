@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 _NAMES = {"cpu": "CPUs", "nvdec": "NVDEC", "auto": "both"}
 _CLASSES = 400
+# Of the model by itself.
+_MODEL_BATCHES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +60,7 @@ class AnnotateSpeed:
     """Size of the model with random weights."""
     capacity: float = 0.4
     """Of the model."""
-    batch_size: int = 64
+    batch_size: int = 16
     """Clips of a forward pass."""
     decoder: tuple[DecoderChoice, ...] = ("cpu", "nvdec", "auto")
     """Ways to decode."""
@@ -74,17 +77,16 @@ class AnnotateSpeed:
             cases = list(self._cases(checkpoint, Path(folder)))
             rates = _model_rates(checkpoint, self.capacity, self.batch_size, device)
             # Before Ray starts: each takes all cores, and NVDEC's slots.
-            limits = {
+            limits: dict[tuple[int, DecoderChoice], float] = {
                 (number, way): _limit(case, checkpoint, way)
                 for number, case in enumerate(cases)
                 for way in self.decoder
             }
-            with connected(""):
-                rows = [
-                    self._row(case, checkpoint, way, limits[number, way], rates, device)
-                    for number, case in enumerate(cases)
-                    for way in self.decoder
-                ]
+            rows = []
+            for (number, way), limit in limits.items():
+                with connected(""):  # each its own: processes that decode are kept for a while, as they are
+                    rows.append(self._row(cases[number], checkpoint, way, limit, rates, device))
+                tqdm.write(_table(rows[-1:]), file=sys.stderr)
         model_rate, stage_rate = rates
         head = (
             f"{os.cpu_count()} cores; the model alone {model_rate:.0f} clips/s, from the host's memory {stage_rate:.0f}"
@@ -216,10 +218,12 @@ def _model_rates(checkpoint: Checkpoint, capacity: float, batch_size: int, devic
     from pipelines.tokenize import Tokens
 
     config = checkpoint.config
-    annotator = Annotator(checkpoint, capacity, 5, device="cuda" if device.type == "cuda" else "cpu")
-    shape = (batch_size, 1, config.num_indices, config.num_tokens, config.patch_values)
-    tokens = Tokens(list(range(batch_size)), np.random.default_rng(0).integers(0, 256, shape, np.uint8), None)
-    on_device = torch.from_numpy(tokens.patches).flatten(0, 1).to(annotator.device)
+    name = "cuda" if device.type == "cuda" else "cpu"
+    annotator = Annotator(checkpoint, capacity, 5, device=name, batch_size=batch_size)
+    shape = (_MODEL_BATCHES * batch_size, 1, config.num_indices, config.num_tokens, config.patch_values)
+    patches = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    tokens = Tokens(list(range(len(patches))), list(patches), None)
+    on_device = torch.from_numpy(patches[:batch_size]).flatten(0, 1).to(annotator.device)
     model = annotator.replayed or annotator.model
 
     @torch.inference_mode()
@@ -229,16 +233,16 @@ def _model_rates(checkpoint: Checkpoint, capacity: float, batch_size: int, devic
         if annotator.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def rate(step: Any) -> float:
+    def rate(step: Any, clips: int) -> float:
         for _ in range(3):
             step()
         started_s, count = time.perf_counter(), 0
         while time.perf_counter() < started_s + 2 or count < 2:
             step()
             count += 1
-        return count * batch_size / (time.perf_counter() - started_s)
+        return count * clips / (time.perf_counter() - started_s)
 
-    return rate(alone), rate(lambda: annotator.probabilities(tokens, capacity))
+    return rate(alone, batch_size), rate(lambda: annotator.probabilities(tokens, capacity), len(patches))
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -28,8 +28,8 @@ def decode(manifest: pa.Table, seconds_per_clip: float) -> Iterator[pa.Table]:
 class Label:
     """In place of the model: DECODED rows to ANNOTATIONS rows."""
 
-    def __init__(self, seconds_per_clip: float, *, device: str = "cpu") -> None:
-        """How long a clip takes, on any device."""
+    def __init__(self, seconds_per_clip: float, *, device: str = "cpu", batch_size: int = 16) -> None:
+        """How long a clip takes, on any device, in batches of any size."""
         self.seconds_per_clip = seconds_per_clip
 
     def __call__(self, decoded: pa.Table) -> pa.Table:

@@ -194,10 +194,10 @@ def test_a_clip_that_the_model_cannot_take_leaves_clips_of_its_size_alone(manife
     annotator = Annotator(checkpoint, 0.5, 3)
     healthy, probabilities = annotator(decoded).to_pylist(), annotator.probabilities
 
-    def stumble(tokens: Tokens, capacity: float) -> np.ndarray:
+    def stumble(tokens: Tokens, capacity: float, batch_size: int = 0) -> np.ndarray:
         if 2 in tokens.rows:  # of one size with row 5
             raise RuntimeError("out of memory")
-        return probabilities(tokens, capacity)
+        return probabilities(tokens, capacity, batch_size)
 
     annotator.probabilities = stumble
     for number, (row, before) in enumerate(zip(annotator(decoded).to_pylist(), healthy, strict=True)):
