@@ -37,9 +37,9 @@ class AnnotateSpeed:
     """Annotate videos end to end, decoding on CPUs alone, on NVDEC alone, and on both (`--decoder` of annotate).
 
     "limit" are processes that decode the same clips in the same way and drop them: as many as cores, as NVDEC's slots,
-    or as both. "model" is the model alone, on patches that lie on the GPU. Each way does half of the videos to warm up,
-    half again, then all: clips/s are of the other half, as on a long archive. "model busy" is the share of that time
-    in which the model had clips, "GPU busy" and "NVDEC busy" are what nvidia-smi says.
+    or as both. "model" is the model alone, on patches that lie on the GPU. Each way warms up on a quarter of the
+    videos, does half of them, then all: clips/s are of the other half, as on a long archive. "model busy" is the share
+    of that time in which the model had clips, "GPU busy" and "NVDEC busy" are what nvidia-smi says.
 
     python -m jobs.benchmark annotate --resolution 360 1080
     """
@@ -143,28 +143,30 @@ class AnnotateSpeed:
         from pipelines.placement import Wanted, nodes_up, place
 
         placement = place(Wanted(device="cuda" if device.type == "cuda" else "cpu"), nodes_up())
-        half, whole = (
+        half = case.planned.half()
+        warm_up, first_half, whole = (
             functools.partial(
                 sides.annotated,
                 part.manifest,
                 checkpoint,
                 self.capacity,
                 decoder=way,
+                num_clips=len(case.planned.clips),
                 batch_size=self.batch_size,
                 placement=placement,
             )
-            for part in (case.planned.half(), case.planned)
+            for part in (half.half(), half, case.planned)
         )
         with tqdm(total=3, desc=f"{case.archive} {case.sampling} {_NAMES[way]}", unit="run") as progress:
-            half()  # processes start, kernels and graphs are made
+            warm_up()  # processes start, kernels are compiled
             progress.update()
-            first = measured(half)
+            first = measured(first_half)
             progress.update()
             with gpu_watched() as gpu:
                 last = measured(whole)
             progress.update()
         clips = len(case.planned.clips)
-        of = Round(first, last, clips - len(case.planned.half().clips))
+        of = Round(first, last, clips - len(half.clips))
         done: Done = last.done
         rate = 1 / of.clip_s
         return {
@@ -201,11 +203,12 @@ def _limit(case: Case, checkpoint: Checkpoint, way: DecoderChoice) -> float:
     count = {"cpu": os.cpu_count() or 1, "nvdec": max(1, slots), "auto": (os.cpu_count() or 1) + slots}[way]
     decoders = Decoders(count, way)
     try:
-        for part in (case.planned.half(), case.planned):  # the first one warms up
+        half = case.planned.half()
+        for part in (half.half(), half):  # the first one warms up
             take = measured(functools.partial(decoders.decode, part.clips, checkpoint.config))
     finally:
         decoders.close()
-    return len(case.planned.clips) / take.seconds
+    return len(half.clips) / take.seconds
 
 
 def _model_rates(checkpoint: Checkpoint, capacity: float, batch_size: int, device: torch.device) -> tuple[float, float]:

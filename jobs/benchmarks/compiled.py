@@ -1,8 +1,8 @@
 """The fastest that torch.compile makes of a model: what it has to be compared with."""
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -10,12 +10,15 @@ from tqdm import tqdm
 
 from mone.model import Prediction, ViViT
 
-_MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune")
+CompileMode = Literal["default", "max-autotune-no-cudagraphs", "max-autotune"]
+ALL_MODES: tuple[CompileMode, ...] = get_args(CompileMode)
 _BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 _CALLS = 5
 
 
-def fastest_compiled(model: ViViT, arguments: dict[str, Any]) -> Callable[..., Prediction]:
+def fastest_compiled(
+    model: ViViT, arguments: dict[str, Any], modes: Sequence[CompileMode] = ALL_MODES
+) -> Callable[..., Prediction]:
     """Compile a model in each mode with each kernel for attention, and keep the fastest; minutes on a GPU.
 
     On a CPU there is one of each.
@@ -23,6 +26,7 @@ def fastest_compiled(model: ViViT, arguments: dict[str, Any]) -> Callable[..., P
     Args:
         model: In evaluation mode.
         arguments: Of the call that is timed; the result is for its shapes.
+        modes: Of torch.compile.
 
     Raises:
         RuntimeError: None of them runs; the last one's error is its cause.
@@ -31,7 +35,7 @@ def fastest_compiled(model: ViViT, arguments: dict[str, Any]) -> Callable[..., P
         return torch.compile(model, dynamic=False)
     found: dict[float, Callable[..., Prediction]] = {}
     failure: Exception | None = None
-    for mode, backend in tqdm([(mode, backend) for mode in _MODES for backend in _BACKENDS], "compile"):
+    for mode, backend in tqdm([(mode, backend) for mode in modes for backend in _BACKENDS], "compile"):
         # Which kernel runs is decided as the graph is made, so each needs a function of its own.
         run = torch.compile(lambda **inputs: model(**inputs), mode=mode, dynamic=False)
         try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from jobs.benchmarks.compiled import fastest_compiled
+from jobs.benchmarks.compiled import ALL_MODES, CompileMode, fastest_compiled
 from jobs.benchmarks.models import ARITHMETICS
 from jobs.benchmarks.report import Report, aligned
 from jobs.cli import UserError, checking_input
@@ -80,6 +80,8 @@ class ModelSpeed:
     """Code that runs the blocks; with several, a row for each, all compared with dense on the first. "compiled" is
     dense under torch.compile, at the fastest of its modes and attention kernels; "replayed" is "triton" from a
     CUDA graph, "fp8" the same with products of 8 bits."""
+    compile_modes: tuple[CompileMode, ...] = ALL_MODES
+    """Modes of torch.compile that "compiled" tries, a minute or two each."""
     compile: bool = False
     """torch.compile each row, for its fixed shapes."""
 
@@ -93,7 +95,7 @@ class ModelSpeed:
         compiling = self.compile or "compiled" in self.engine
         compiling = _room_to_compile(8 * len(cases)) if compiling else nullcontext()
         with compiling, torch.inference_mode(), ARITHMETICS[dtype].context(device):
-            variants = [_variant(base, case, clips[case.drop_static], self.compile) for case in cases]
+            variants = [_variant(base, case, clips[case.drop_static], self) for case in cases]
             times = _times(variants, device, self.repeats)
         rows = [
             _row(variant, time, variants[0], times[0], self.batch_size)
@@ -224,7 +226,7 @@ class _Variant:
     forward: Callable[[], Tensor]
 
 
-def _variant(base: ViViT, case: _Case, clips: _Clips, compiled: bool) -> _Variant:
+def _variant(base: ViViT, case: _Case, clips: _Clips, asked: ModelSpeed) -> _Variant:
     config = with_method(base.config, case.method)
     num_kept = None if clips.kept_BK is None else clips.kept_BK.shape[1]
     counts = config.token_counts(case.capacity, num_kept)  # here, so that there is nothing but tensors to trace
@@ -232,13 +234,13 @@ def _variant(base: ViViT, case: _Case, clips: _Clips, compiled: bool) -> _Varian
     arguments = {"patches": clips.patches, "counts": counts, "kept_BK": clips.kept_BK}
     if case.engine == "compiled":
         model.encoder.engine = "reference"
-        run = fastest_compiled(model, arguments)
+        run = fastest_compiled(model, arguments, asked.compile_modes)
     elif case.engine in ("replayed", "fp8"):
         model.encoder.engine = "triton" if case.engine == "replayed" else "fp8"
         run = Replayed(model)
     else:
         model.encoder.engine = case.engine
-        run = torch.compile(model, dynamic=False) if compiled else model
+        run = torch.compile(model, dynamic=False) if asked.compile else model
     return _Variant(
         case=case,
         static_share=1 - num_kept / (config.num_indices * config.num_tokens) if num_kept else 0.0,

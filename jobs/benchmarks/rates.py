@@ -31,9 +31,9 @@ class Planned:
     plan_s: float = 0.0
 
     def half(self) -> "Planned":
-        """The clips of the first half of the videos."""
+        """The clips of the first half of the videos, one at least."""
         videos = list(dict.fromkeys(clip.video for clip in self.clips))
-        first = set(videos[: len(videos) // 2])
+        first = set(videos[: max(1, len(videos) // 2)])
         return _written([clip for clip in self.clips if clip.video in first], Path(self.manifest).parents[1])
 
 

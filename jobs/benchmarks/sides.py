@@ -19,7 +19,7 @@ from mone.config import ModelConfig
 from pipelines import nvdec
 from pipelines.annotate import model_stage
 from pipelines.decode import Clip, Source, chain_of, decode_clips
-from pipelines.ingest import tokenize_stage
+from pipelines.ingest import CLIPS_TOGETHER, tokenize_stage
 from pipelines.limits import DecoderChoice
 from pipelines.manifest import by_video, source_of
 from pipelines.patches import view_of
@@ -29,8 +29,8 @@ from pipelines.schema import MANIFEST, PlannedClip, Status
 from pipelines.timeline import instants
 from pipelines.view import WHOLE_CLIPS, View
 
-# Clips of a file that a decoder alone is given at once, so that all of them end together.
-_CLIPS_AT_ONCE = 8
+# Clips of a file that a decoder alone is given at once; each time it looks for a key frame before them.
+_CLIPS_AT_ONCE = CLIPS_TOGETHER
 
 
 class Done(NamedTuple):
@@ -70,12 +70,13 @@ def annotated(
     capacity: float,
     *,
     decoder: DecoderChoice = "cpu",
+    num_clips: int = 0,
     batch_size: int = 0,
     placement: Placement | None = None,
 ) -> Done:
-    """The annotation graph up to its rows: decoding and the model."""
+    """The annotation graph up to its rows: decoding and the model; `num_clips` as if there were so many."""
     rows = model_stage(
-        _decoded(manifest, checkpoint.config, decoder),
+        _decoded(manifest, checkpoint.config, decoder, num_clips),
         Annotator,
         (checkpoint, capacity, 5),
         batch_size=batch_size,
@@ -94,9 +95,11 @@ def annotated(
     return Done(frames, failed, decoders, model_s)
 
 
-def _decoded(manifest: str, config: ModelConfig, decoder: DecoderChoice = "cpu") -> ray.data.Dataset:
+def _decoded(
+    manifest: str, config: ModelConfig, decoder: DecoderChoice = "cpu", num_clips: int = 0
+) -> ray.data.Dataset:
     planned = ray.data.read_parquet(manifest, schema=MANIFEST)
-    return tokenize_stage(planned, config, WHOLE_CLIPS, decoder=decoder, num_clips=planned.count())
+    return tokenize_stage(planned, config, WHOLE_CLIPS, decoder=decoder, num_clips=num_clips or planned.count())
 
 
 def read_videos(clips: Sequence[PlannedClip], view: View, *, resize_in_reader: bool) -> Done:

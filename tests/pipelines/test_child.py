@@ -236,3 +236,31 @@ def test_what_a_child_does_first_counts_against_no_call():
 def test_a_child_that_does_not_survive_its_start_is_replaced():
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(lambda: call(task(slowly, 3), task(crash))).result() == 3
+
+
+def remember(name: str) -> int:
+    sys.modules[__name__].__dict__.setdefault("starts", []).append(name)
+    return os.getpid()
+
+
+def remembered() -> list[str]:
+    return sys.modules[__name__].__dict__.get("starts", [])
+
+
+def test_a_child_that_was_started_for_something_else_is_replaced():
+    asked, one, other = task(remembered), task(remember, "one"), task(remember, "other")
+    with ThreadPoolExecutor(1) as thread:
+        answers = [
+            thread.submit(lambda first=first: call(asked, first)).result() for first in (None, one, None, other, other)
+        ]
+    # Whoever wants no start takes what is there.
+    assert answers == [[], ["one"], ["one"], ["other"], ["other"]]
+
+
+def niceness() -> int:
+    return os.nice(0)
+
+
+def test_a_child_gives_way_to_who_hands_out_work():
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(call, task(niceness)).result() == min(19, os.nice(0) + 10)

@@ -26,7 +26,9 @@ def _gpu():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
-    return read_checkpoint(save_checkpoint(ViViT(CONFIG), list("abcdefg"), tmp_path_factory.mktemp("model")))
+    model = ViViT(CONFIG)
+    torch.nn.init.normal_(model.head.weight)  # or all answers would be alike
+    return read_checkpoint(save_checkpoint(model, list("abcdefg"), tmp_path_factory.mktemp("model")))
 
 
 def clips_of(count: int, views: int = 1, kept: int = 0) -> Tokens:
@@ -53,4 +55,4 @@ def test_answers_do_not_depend_on_who_comes_along(checkpoint, count, views, kept
         logits = model(torch.from_numpy(tokens.patches).cuda().flatten(0, 1), 0.4, kept_BK=kept_BK).logits_BC
     expected = logits.float().softmax(-1).unflatten(0, (count, views)).mean(1).cpu().numpy()
     np.testing.assert_allclose(together, expected, atol=2e-2)
-    assert count == 1 or np.ptp(together, axis=0).max() > 0
+    assert count == 1 or np.ptp(together, axis=0).max() > 0.1
