@@ -149,11 +149,11 @@ def _pool(decoder: DecoderChoice) -> TaskPoolStrategy | None:
 def clips_per_task(num_clips: int | None) -> int:
     """Clips that a decoding task takes: fewer where there are so few that cores would stand idle at the end.
 
-    A power of two, so that what tasks give makes up the model's batches without being cut.
+    The next power of two, so that what tasks give makes up the model's batches without being cut.
     """
     num_tasks = _TASKS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
     wanted = CLIPS_TOGETHER if num_clips is None else max(_FEWEST_CLIPS, num_clips // num_tasks)
-    return min(MOST_CLIPS_PER_TASK, 1 << wanted.bit_length() - 1)
+    return min(MOST_CLIPS_PER_TASK, 1 << (wanted - 1).bit_length())
 
 
 def _tokenize(
