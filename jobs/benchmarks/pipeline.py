@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -36,7 +37,8 @@ from pipelines.timeline import ClipPlan
 
 Sampling = Literal["sparse", "dense"]
 _SPARSE_CLIPS = 4
-_SCALES = (100, 1_000, 10_000)
+# Of a made video.
+_SCALE_CLIPS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +80,9 @@ class PipelineSpeed:
     """Of the model."""
     full_frames: bool = False
     """Add read_videos with a resizing stage."""
-    scale: bool = False
-    """Instead: 100, 1,000 and 10,000 clips of 4 frames of 32 x 32 through the pipeline, its time and its memory."""
+    scale: tuple[int, ...] = ()
+    """Instead: so many hundreds of clips of 4 frames of 32 x 32 through the pipeline, its time and its memory, such as
+    100 1000 10000. "off the line" is how far its seconds are from a straight line through the first and the last."""
     rounds: int = 3
     """How often each way is measured."""
     address: str = ""
@@ -115,6 +118,8 @@ class PipelineSpeed:
             raise UserError(f"--duration must be at least 1 second, got {self.duration:g}")
         if self.scale and (self.data or self.model or self.full_frames):
             raise UserError("--data, --model and --full-frames have no effect with --scale")
+        if any(count < _SCALE_CLIPS or count % _SCALE_CLIPS for count in self.scale):
+            raise UserError(f"--scale must be hundreds, got {' '.join(map(str, self.scale))}")
         with checking_input():
             checkpoint = load_model(self.model) if self.model else None
             self._config(checkpoint)
@@ -131,7 +136,8 @@ class PipelineSpeed:
 
     def _cases(self, checkpoint: Checkpoint | None, folder: Path) -> list[Case]:
         if self.scale:
-            return [_scale_case(count, self._config(checkpoint), folder, self.keep) for count in _SCALES]
+            config = self._config(checkpoint)
+            return [_scale_case(count, config, folder, self.keep) for count in sorted(set(self.scale))]
         span_s = self.span if checkpoint is None else checkpoint.config.span_s
         return [
             Case(name, sampling, planned(paths, clip_plan(sampling, span_s), folder))
@@ -204,9 +210,12 @@ class PipelineSpeed:
             facts(case, config.num_frames, "pipeline", list(takes))
             for case, takes in zip(cases, zip(*rounds, strict=True), strict=True)
         ]
-        for of_case, before in zip(rows[1:], rows, strict=False):
+        for before, of_case in itertools.pairwise(rows):
             more = of_case["clips"] - before["clips"]
             of_case["ms_per_more_clip"] = (of_case["seconds"] - before["seconds"]) / more * 1e3
+        for of_case in rows[1:-1]:
+            clips, seconds = ([row[name] for row in (rows[0], rows[-1])] for name in ("clips", "seconds"))
+            of_case["off_the_line"] = of_case["seconds"] / np.interp(of_case["clips"], clips, seconds) - 1
         return rows
 
 
@@ -225,11 +234,11 @@ def made_videos(folder: Path, count: int, height_px: int, duration_s: float) -> 
 
 
 def _scale_case(count: int, config: ModelConfig, folder: Path, keep: str) -> Case:
-    """Clips of 4 frames, a hundred of each video."""
+    """Clips of 4 frames."""
     from jobs.benchmarks.videos import FPS, write_videos
 
     span_s = config.num_frames / FPS
     where = Path(keep).resolve() if keep else folder / "videos"
-    paths = write_videos(where, count // 100, width_px=112, height_px=64, duration_s=100 * span_s)
-    plan = ClipPlan(span_s=span_s, clips_per_video=100)
+    paths = write_videos(where, count // _SCALE_CLIPS, width_px=112, height_px=64, duration_s=_SCALE_CLIPS * span_s)
+    plan = ClipPlan(span_s=span_s, clips_per_video=_SCALE_CLIPS)
     return Case("64p", f"{count:,} clips", planned([str(path) for path in paths], plan, folder))

@@ -189,7 +189,17 @@ def _cells(of: dict[str, Any]) -> tuple[str, ...]:
 
 def scale_table(rows: list[dict[str, Any]]) -> str:
     """Rows of ever more clips for people."""
-    header = ("clips", "complete", "s", "min..max", "ms a further clip", "MB a process", "MB all", "spilled")
+    header = (
+        "clips",
+        "complete",
+        "s",
+        "min..max",
+        "ms a further clip",
+        "off the line",
+        "MB a process",
+        "MB all",
+        "spilled",
+    )
     return aligned(
         header,
         [
@@ -199,6 +209,7 @@ def scale_table(rows: list[dict[str, Any]]) -> str:
                 f"{of['seconds']:.2f}",
                 f"{min(of['seconds_rounds']):.2f}..{max(of['seconds_rounds']):.2f}",
                 f"{of['ms_per_more_clip']:.3f}" if "ms_per_more_clip" in of else "",
+                f"{of['off_the_line']:+.1%}" if "off_the_line" in of else "",
                 *_memory(of),
             )
             for of in rows

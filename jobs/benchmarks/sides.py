@@ -5,6 +5,7 @@ Each hands all frames to one consumer that drops them.
 
 import multiprocessing
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.pool import Pool
@@ -41,12 +42,14 @@ class Done(NamedTuple):
         failed: Clips.
         decoders: Clips by their decoder; where a side tells.
         model_s: Seconds of the model; where there is one.
+        busy_s: Seconds of all processes in which they decoded; of decoders alone.
     """
 
     frames: Counter[str]
     failed: int
     decoders: Mapping[str, int] = MappingProxyType({})
     model_s: float = 0.0
+    busy_s: float = 0.0
 
 
 def ours(manifest: str, config: ModelConfig) -> Done:
@@ -173,12 +176,13 @@ class Decoders:
 
     def decode(self, clips: Sequence[PlannedClip], config: ModelConfig) -> Done:
         """Decode all clips; a process that has done its part takes the next."""
-        view, frames, failed = view_of(config), Counter(), 0
+        view, frames, failed, busy_s = view_of(config), Counter(), 0, 0.0
         work: list[_Work] = [(source, ids, spans, view, self._choice) for source, ids, spans in _requests(clips)]
-        for shown in self._pool.imap_unordered(_decode, work, chunksize=1):
+        for shown, seconds in self._pool.imap_unordered(_decode, work, chunksize=1):
             frames.update(shown)
             failed += sum(count == 0 for count in shown.values())
-        return Done(frames, failed)
+            busy_s += seconds
+        return Done(frames, failed, busy_s=busy_s)
 
     def close(self) -> None:
         """End the processes."""
@@ -197,13 +201,14 @@ def _requests(clips: Sequence[PlannedClip]) -> Iterator[tuple[Source, list[str],
 _Work = tuple[Source, list[str], list[tuple[float, float]], View, DecoderChoice]
 
 
-def _decode(work: _Work) -> dict[str, int]:
+def _decode(work: _Work) -> tuple[dict[str, int], float]:
+    """Frames of each clip, and the seconds that took."""
     source, ids, spans, view, choice = work
+    started_s = time.perf_counter()
     outcomes = decode_clips(source, spans, view, chain_of(source, choice))
-    return {
-        clip_id: len(outcome.frames_THWC) if isinstance(outcome, Clip) else 0
-        for clip_id, outcome in zip(ids, outcomes, strict=True)
-    }
+    seconds = time.perf_counter() - started_s
+    frames = [len(outcome.frames_THWC) if isinstance(outcome, Clip) else 0 for outcome in outcomes]
+    return dict(zip(ids, frames, strict=True)), seconds
 
 
 def _warm_up(_: int) -> None:

@@ -332,7 +332,8 @@ def test_several_engines_are_several_rows(measured):
         (["--data", "no/such/videos"], "no/such/videos"),
         (["--data", BUNDLED_LABELS, "--keep", "here"], "--keep"),
         (["--model", "no-such-model"], "no-such-model"),
-        (["--model", str(BUNDLED_MODEL), "--scale"], "--scale"),
+        (["--model", str(BUNDLED_MODEL), "--scale", "100"], "--scale"),
+        (["--scale", "50"], "--scale must be hundreds, got 50"),
     ],
 )
 def test_bad_options_of_pipeline(refused, options, names):
@@ -397,6 +398,24 @@ def test_the_control_path_of_several_nodes_leaves_a_row_for_each_clip():
     for row in rows:
         assert row["clips_per_s"] == pytest.approx(row["clips"] / row["seconds"])
         assert row["driver_us_per_clip"] > 0 < row["services_us_per_clip"] and row["files"] > 1
+
+
+@pytest.mark.ray
+def test_ever_more_clips_lie_on_a_line_or_it_says_how_far_off():
+    ended = run_job("benchmark", "pipeline", "--scale", 300, 100, 200, "--rounds", 1)
+    assert ended.returncode == 0, ended.stderr
+    *table, last = ended.stdout.splitlines()
+    rows = json.loads(last)["rows"]
+    assert len(table) == len(rows) + 2 and [row["clips"] for row in rows] == [100, 200, 300]
+    assert all(row["complete_clips"] == row["clips"] for row in rows)
+    first, middle, end = (row["seconds"] for row in rows)
+    assert [("off_the_line" in row, "ms_per_more_clip" in row) for row in rows] == [
+        (False, False),
+        (True, True),
+        (False, True),
+    ]
+    assert rows[1]["off_the_line"] == pytest.approx(2 * middle / (first + end) - 1)
+    assert rows[2]["ms_per_more_clip"] == pytest.approx((end - middle) * 10)
 
 
 @pytest.mark.ray
