@@ -58,7 +58,7 @@ class Annotate(TokenArguments, LimitOptions, PlacementOptions):
     top_k: int = 5
     """Labels kept per clip."""
     batch_size: int = 0
-    """Clips of a forward pass; 0 picks 64 on a GPU, 16 on a CPU."""
+    """Clips of a forward pass; 0 picks 16."""
     engine: Engine = "auto"
     """Code that runs the model's blocks, "reference" being the plainest; all compute the same but "fp8", which trades
     some exactness for time on GPUs from L4 and H100 on (docs/performance.md)."""

@@ -113,8 +113,8 @@ class Annotator:
         Args:
             tokens: B clips, one at least.
             capacity: e_c.
-            batch_size: Views that a GPU takes at a time, the last of which are filled up: each size has kernels and a
-                graph of its own. By default that of the constructor.
+            batch_size: Views that a GPU takes at a time; by default that of the constructor. What is left of whole
+                clips is filled up to it: each size has kernels and a graph of its own.
         """
         if self.staging is None:
             kept_BK = None if tokens.kept_BK is None else torch.from_numpy(tokens.kept_BK)
@@ -122,7 +122,9 @@ class Annotator:
         step, found = max(1, (batch_size or self.batch_size) // len(tokens.clips[0])), []
         for start in range(0, len(tokens.rows), step):
             part = tokens.slice(start, start + step)
-            patches, kept_BK = self.staging.to_device(part.clips, part.kept_BK, step)
+            # Clips without their static patches come in many sizes, few of each.
+            patches = self.staging.to_device(part.clips, step if part.kept_BK is None else len(part.rows))
+            kept_BK = None if part.kept_BK is None else torch.from_numpy(part.kept_BK).to(self.device)
             found.append(self._forward(patches, kept_BK, capacity)[: len(part.rows)])
         return torch.cat(found).cpu().numpy()
 
