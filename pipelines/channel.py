@@ -4,7 +4,6 @@ Arrays travel as they are: copied in on one side and out on the other, through p
 pages cost more than the copies). A sender need not wait until it is read, only before it writes again.
 """
 
-import itertools
 import mmap
 import os
 import pickle
@@ -69,9 +68,7 @@ class Channel:
         self._place = 0
         (num_parts,) = struct.unpack("<Q", self._read(8))
         sizes = struct.unpack(f"<{num_parts}Q", self._read(8 * num_parts))
-        # In one piece, for which the kernel has large pages: a fault for every 4 kB would cost as much as the copy.
-        parts = self._read(sum(sizes))
-        body, *buffers = [parts[end - size : end] for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
+        body, *buffers = [self._read(size) for size in sizes]
         self._connection.send(b".")
         return pickle.loads(body, buffers=buffers)
 

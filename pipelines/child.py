@@ -138,7 +138,7 @@ class _Child(Channel):
             [sys.executable, "-c", f"from pipelines.child import _serve; _serve(*{descriptors}, {_PRELOADED})"],
             pass_fds=descriptors,
             env=os.environ
-            | _ENVIRONMENT
+            | _ONE_THREAD
             | {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -207,14 +207,8 @@ class _Child(Channel):
                 raise Killed(Status.TIMEOUT, f"ended: no answer after {self._task.timeout_s:.3g} s")
 
 
-# A child decodes on one thread, so that so many of them use so many cores. It keeps memory for the frames of the next
-# clips: glibc would give it back after some, by chance, and a thousand page faults a clip take 2 ms of its 32.
-_ENVIRONMENT = {
-    "OPENBLAS_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(192 << 20),
-}
+# A child decodes on one thread, so that so many of them use so many cores.
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
 def _end(process: subprocess.Popen[bytes], connection: socket.socket, lifeline: int) -> None:
