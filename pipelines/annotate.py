@@ -15,12 +15,11 @@ from pipelines.limits import DEFAULT_LIMITS, DecoderChoice, Limits
 from pipelines.metrics import RunMetrics
 from pipelines.placement import ANY_DEVICE, Placement, Wanted, nodes_up, place
 from pipelines.planning import MANIFEST_DIR
-from pipelines.predict import Annotator
+from pipelines.predict import BATCH_SIZE, Annotator
 from pipelines.storage.signatures import UNSIGNED, Signatures
 from pipelines.view import WHOLE_CLIPS, TokenOptions
 from pipelines.waiting import Notices
 
-_BATCH_SIZE = 16
 # Of a model on a GPU, which is faster than Ray hands them over one by one.
 _CLIPS_OF_CALL = 64
 
@@ -135,7 +134,7 @@ def model_stage(
         placement: Where it runs; None: on GPUs where any is up, else on CPUs.
     """
     placement = placement or place(ANY_DEVICE, nodes_up())
-    batch_size = batch_size or _BATCH_SIZE
+    batch_size = batch_size or BATCH_SIZE
     at_once = batch_size * max(1, _CLIPS_OF_CALL // batch_size) if placement.gpus else batch_size
     return decoded.map_batches(
         model,

@@ -12,7 +12,7 @@ from pipelines.annotate import model_stage
 from pipelines.archive import Video
 from pipelines.ingest import plan_stage, tokenize_stage
 from pipelines.placement import Device, Placement
-from pipelines.predict import Annotator
+from pipelines.predict import BATCH_SIZE, Annotator
 from pipelines.schema import Status
 from pipelines.storage.signatures import Signatures
 from pipelines.timeline import ClipPlan
@@ -62,7 +62,7 @@ class Scorer:
         engine: Engine = "auto",
         *,
         device: Device = "auto",
-        batch_size: int = 16,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
         self.config = checkpoint.config
         self.annotator = Annotator(

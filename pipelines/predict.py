@@ -20,6 +20,9 @@ from pipelines.schema import ANNOTATIONS, Status
 from pipelines.staging import Staging
 from pipelines.tokenize import Tokens, tokens_of
 
+# Clips of a forward pass, where nobody says otherwise.
+BATCH_SIZE = 16
+
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
@@ -42,7 +45,7 @@ class Annotator:
         metrics: RunMetrics = SILENT,
         *,
         device: Device = "auto",
-        batch_size: int = 16,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
         """Load the model; "auto" takes a GPU where one can be seen, which takes `batch_size` views at a time."""
         self.checkpoint, self.capacity = checkpoint, capacity

@@ -28,7 +28,7 @@ def decode(manifest: pa.Table, seconds_per_clip: float) -> Iterator[pa.Table]:
 class Label:
     """In place of the model: DECODED rows to ANNOTATIONS rows."""
 
-    def __init__(self, seconds_per_clip: float, *, device: str = "cpu", batch_size: int = 16) -> None:
+    def __init__(self, seconds_per_clip: float, *, device: str, batch_size: int) -> None:
         """How long a clip takes, on any device, in batches of any size."""
         self.seconds_per_clip = seconds_per_clip
 
