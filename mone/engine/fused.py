@@ -27,7 +27,7 @@ from mone.engine.casts import cast as cast_weight
 from mone.engine.kernels.attention import attend_rows
 from mone.engine.kernels.enter import enter_rows
 from mone.engine.kernels.gelu import form_of
-from mone.engine.kernels.gemm import grouped_gemm, num_processors
+from mone.engine.kernels.gemm import Schedule, grouped_gemm, num_processors, scheduled
 from mone.engine.kernels.narrow_mlp import narrow_mlp
 from mone.engine.kernels.norm import SMALLEST_BLOCK, norm_rows
 from mone.engine.layout import from_layout
@@ -197,9 +197,9 @@ def _project(
     activation: str = "",
 ) -> None:
     """The first d features of each row to these columns."""
-    tiles_J3 = _tiles_in(runs, columns, tiling, rows_RD.device)
+    schedule = _tiles_in(runs, columns, tiling, rows_RD.device)
     weight = factor(linear.weight, rows_RD.dtype)
-    grouped_gemm(rows_RD, weight, linear.bias, out_RX, tiles_J3, tiling=tiling, activation=activation)
+    grouped_gemm(rows_RD, weight, linear.bias, out_RX, schedule, tiling=tiling, activation=activation)
 
 
 def _project_out(
@@ -211,23 +211,30 @@ def _project_out(
     gain_R: Tensor | None = None,
 ) -> None:
     """All features of each row onto the first d of the residual stream."""
-    tiles_J3 = _tiles_out(runs, rows_RX.shape[1], tiling, rows_RX.device)
+    schedule = _tiles_out(runs, rows_RX.shape[1], tiling, rows_RX.device)
     weight = factor(linear.weight, rows_RX.dtype)
-    grouped_gemm(rows_RX, weight, linear.bias, out_RD, tiles_J3, tiling=tiling, residual=True, gain_R=gain_R)
+    grouped_gemm(rows_RX, weight, linear.bias, out_RD, schedule, tiling=tiling, residual=True, gain_R=gain_R)
 
 
 # Tables depend on counts and sizes alone: made once, they stay on the device.
 @functools.lru_cache(maxsize=1024)
-def _tiles_in(runs: tuple[Run, ...], columns: range, tiling: Tiling, device: torch.device) -> Tensor:
+def _tiles_in(runs: tuple[Run, ...], columns: range, tiling: Tiling, device: torch.device) -> Schedule:
     inner = [run.width for run in runs]
     spans = [(columns.start, columns.stop)] * len(runs)
-    return _table(tiles_of(runs, spans, inner, tiling.rows, tiling.columns), device)
+    return _scheduled(runs, spans, inner, tiling, device)
 
 
 @functools.lru_cache(maxsize=1024)
-def _tiles_out(runs: tuple[Run, ...], inner: int, tiling: Tiling, device: torch.device) -> Tensor:
+def _tiles_out(runs: tuple[Run, ...], inner: int, tiling: Tiling, device: torch.device) -> Schedule:
     spans = [(0, run.width) for run in runs]
-    return _table(tiles_of(runs, spans, [inner] * len(runs), tiling.rows, tiling.columns), device)
+    return _scheduled(runs, spans, [inner] * len(runs), tiling, device)
+
+
+def _scheduled(
+    runs: tuple[Run, ...], spans: list[tuple[int, int]], inner: list[int], tiling: Tiling, device: torch.device
+) -> Schedule:
+    with torch.inference_mode(False):
+        return scheduled(tiles_of(runs, spans, inner, tiling.rows, tiling.columns), tiling, device)
 
 
 @functools.lru_cache(maxsize=256)
@@ -238,9 +245,6 @@ def _rows(runs: tuple[Run, ...], num_sequences: int, device: torch.device) -> Te
 
 @functools.lru_cache(maxsize=256)
 def _widths(runs: tuple[Run, ...], device: torch.device) -> Tensor:
-    return _table([run.width for run in runs for _ in range(run.count)], device)
-
-
-def _table(values: list, device: torch.device) -> Tensor:
+    widths = [run.width for run in runs for _ in range(run.count)]
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.int32, device=device)
+        return torch.tensor(widths, dtype=torch.int32, device=device)

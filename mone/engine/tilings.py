@@ -19,8 +19,7 @@ from mone.engine.rows import Run
 class Tiling(NamedTuple):
     """Sizes of a tile, and how a program runs: warps, stages of loads in flight, programs on a processor.
 
-    With `flatten` the loads of the next tile are in flight while a tile is finished; with `halves` a tile is finished
-    one half of its columns after the other, which takes half the room.
+    With `halves` a tile is finished one half of its columns after the other, which takes half the room.
     """
 
     rows: int = 128
@@ -29,7 +28,6 @@ class Tiling(NamedTuple):
     warps: int = 8
     stages: int = 3
     programs: int = 1
-    flatten: bool = False
     halves: bool = False
 
 
@@ -85,13 +83,13 @@ class _Card(NamedTuple):
 
 
 # Measured on an H100. Two programs share a processor, so that one finishes a tile while the other multiplies.
-_FINE = Tiling(128, 128, 64, 4, 3, 2, True, True)
-_WIDE = Tiling(128, 256, 64, 8, 3)
-_FLAT = Tiling(64, 128, 64, 4, 4, 2, True)
+_FINE = Tiling(128, 128, 64, 4, 3, 2, True)
+_WIDE = Tiling(128, 256, 64, 8, 4, 1, True)
+_FLAT = Tiling(64, 128, 64, 4, 4, 2)
 _NARROW = ((128, Tiling(128, 64, 64, 8, 3)), (192, Tiling(128, 64, 64, 8, 2)))
 _NARROW_8 = ((192, Tiling(128, 128, 64, 8, 3)),)
 _HOPPER = _Card(
-    dense=Tilings(_WIDE, _WIDE, _FINE, Tiling(128, 256, 64, 8, 4, 1, True, True), _NARROW),
+    dense=Tilings(_WIDE, _WIDE, _WIDE, _WIDE._replace(stages=3), _NARROW),
     nested=Tilings(_FINE, _FINE, _FINE, _FINE, _NARROW),
     few=Tilings(_FINE, _FLAT, _FINE, _FLAT, _NARROW),
 )

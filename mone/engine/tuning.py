@@ -6,19 +6,17 @@ from typing import Any
 from mone.engine.tilings import Attending, Tiling, Tilings
 
 _PRODUCTS = (
-    Tiling(128, 128, 64, 4, 3, 2, True, True),
-    Tiling(128, 128, 64, 4, 3, 2, True, False),
-    Tiling(128, 128, 64, 8, 4, 1, True),
-    Tiling(128, 128, 64, 4, 4, 1, True),
+    Tiling(128, 128, 64, 4, 3, 2, True),
+    Tiling(128, 128, 64, 8, 3, 2, True),
+    Tiling(128, 128, 64, 8, 4),
+    Tiling(128, 128, 64, 4, 4),
     Tiling(128, 128, 64, 8, 3),
-    Tiling(128, 256, 64, 8, 3),
     Tiling(128, 256, 64, 8, 3, 1, True),
-    Tiling(128, 256, 64, 8, 3, 1, True, True),
-    Tiling(128, 256, 64, 8, 4, 1, True, True),
-    Tiling(64, 256, 64, 4, 3, 2, True, True),
+    Tiling(128, 256, 64, 8, 4, 1, True),
+    Tiling(64, 256, 64, 4, 2, 2, True),
     Tiling(128, 128, 32, 8, 3),
     Tiling(64, 128, 64, 4, 3, 3),
-    Tiling(64, 128, 64, 4, 4, 2, True),
+    Tiling(64, 128, 64, 4, 4, 2),
 )
 _NARROW = (
     (),

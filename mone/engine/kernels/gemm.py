@@ -4,8 +4,15 @@ A persistent kernel: as many programs as the device runs at once take tiles from
 inner size (an expert of width d reads d features) and columns (it writes d features). Rows of an expert begin at
 multiples of a tile, so tiles move whole, by the tensor memory accelerator where there is one.
 
-Shapes: R rows, I input and O output features, J tiles.
+A program is one loop over the steps of all its tiles, so that the loads of the next tile are in flight while one is
+finished. As a loop over tiles with one over steps inside, Triton (3.6, `flatten` or not) begins each tile with nothing
+loaded, which costs short sums most.
+
+Shapes: R rows, I input and O output features, J tiles, G programs.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -52,6 +59,7 @@ def _grouped_gemm(
     bias_ptr,
     gain_ptr,
     tiles_ptr,
+    steps_ptr,
     num_tiles,
     num_columns,
     BLOCK_R: tl.constexpr,
@@ -63,33 +71,67 @@ def _grouped_gemm(
     GAIN: tl.constexpr,
     ADDS: tl.constexpr,
     SCALED: tl.constexpr,
-    FLATTEN: tl.constexpr,
     HALVES: tl.constexpr,
 ):
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
-        row = tl.load(tiles_ptr + 3 * tile)
-        column = tl.load(tiles_ptr + 3 * tile + 1)
-        inner = tl.load(tiles_ptr + 3 * tile + 2)
-        sums = tl.zeros((BLOCK_R, BLOCK_O), dtype=tl.float32)
-        for start in range(0, inner, BLOCK_I):
-            left = rows_desc.load([row, start])
-            right = weight_desc.load([column, start])
-            sums = tl.dot(left, right.T, sums)
-        if HALVES:
-            left, right = tl.split(tl.permute(tl.reshape(sums, (BLOCK_R, 2, BLOCK_O // 2)), (0, 2, 1)))
-            _finish(
-                left, out_desc, scale_ptr, bias_ptr, gain_ptr, row, column, num_columns,
-                BLOCK_R, BLOCK_O // 2, ACTIVATION, TANH, RESIDUAL, GAIN, ADDS, SCALED,
-            )  # fmt: skip
-            _finish(
-                right, out_desc, scale_ptr, bias_ptr, gain_ptr, row, column + BLOCK_O // 2, num_columns,
-                BLOCK_R, BLOCK_O // 2, ACTIVATION, TANH, RESIDUAL, GAIN, ADDS, SCALED,
-            )  # fmt: skip
-        else:
-            _finish(
-                sums, out_desc, scale_ptr, bias_ptr, gain_ptr, row, column, num_columns,
-                BLOCK_R, BLOCK_O, ACTIVATION, TANH, RESIDUAL, GAIN, ADDS, SCALED,
-            )  # fmt: skip
+    tile = tl.program_id(0)
+    row = tl.load(tiles_ptr + 3 * tile)
+    column = tl.load(tiles_ptr + 3 * tile + 1)
+    inner = tl.load(tiles_ptr + 3 * tile + 2)
+    start = -BLOCK_I
+    sums = tl.zeros((BLOCK_R, BLOCK_O), dtype=tl.float32)
+    for _ in range(tl.load(steps_ptr + tile)):
+        start += BLOCK_I
+        if start >= inner:
+            tile = tl.minimum(tile + tl.num_programs(0), num_tiles - 1)  # loads run ahead, past the last one too
+            row = tl.load(tiles_ptr + 3 * tile)
+            column = tl.load(tiles_ptr + 3 * tile + 1)
+            inner = tl.load(tiles_ptr + 3 * tile + 2)
+            start = 0
+        left = rows_desc.load([row, start])
+        right = weight_desc.load([column, start])
+        sums = tl.dot(left, right.T, sums)
+        if start + BLOCK_I >= inner:
+            if HALVES:
+                low, high = tl.split(tl.permute(tl.reshape(sums, (BLOCK_R, 2, BLOCK_O // 2)), (0, 2, 1)))
+                _finish(
+                    low, out_desc, scale_ptr, bias_ptr, gain_ptr, row, column, num_columns,
+                    BLOCK_R, BLOCK_O // 2, ACTIVATION, TANH, RESIDUAL, GAIN, ADDS, SCALED,
+                )  # fmt: skip
+                _finish(
+                    high, out_desc, scale_ptr, bias_ptr, gain_ptr, row, column + BLOCK_O // 2, num_columns,
+                    BLOCK_R, BLOCK_O // 2, ACTIVATION, TANH, RESIDUAL, GAIN, ADDS, SCALED,
+                )  # fmt: skip
+            else:
+                _finish(
+                    sums, out_desc, scale_ptr, bias_ptr, gain_ptr, row, column, num_columns,
+                    BLOCK_R, BLOCK_O, ACTIVATION, TANH, RESIDUAL, GAIN, ADDS, SCALED,
+                )  # fmt: skip
+            sums = tl.zeros((BLOCK_R, BLOCK_O), dtype=tl.float32)
+
+
+class Schedule(NamedTuple):
+    """Which program computes what: program g the tiles g, g + G, and so on.
+
+    Attributes:
+        tiles_J3: int32. Row, column and inner size of a tile.
+        steps_G: int32. Steps of a program, through all its tiles.
+    """
+
+    tiles_J3: Tensor
+    steps_G: Tensor
+
+
+def scheduled(tiles: Sequence[tuple[int, int, int]], tiling: Tiling, device: torch.device) -> Schedule:
+    """Share tiles out among as many programs as the device runs at once.
+
+    Args:
+        tiles: From `rows.tiles_of`, of the tiling's size.
+        tiling: Of the product.
+        device: Where it is computed.
+    """
+    count = min(len(tiles), num_processors(device) * tiling.programs)
+    steps = [sum(triton.cdiv(inner, tiling.inner) for *_, inner in tiles[first::count]) for first in range(count)]
+    return Schedule(*(torch.tensor(table, dtype=torch.int32, device=device) for table in (tiles, steps)))
 
 
 def grouped_gemm(
@@ -97,7 +139,7 @@ def grouped_gemm(
     weight: Factor,
     bias_O: Tensor,
     out_RO: Tensor,
-    tiles_J3: Tensor,
+    schedule: Schedule,
     *,
     tiling: Tiling,
     activation: str = "",
@@ -113,23 +155,21 @@ def grouped_gemm(
         weight: Of the same dtype, the whole weight [O, I].
         bias_O: The whole bias.
         out_RO: Any floating dtype.
-        tiles_J3: int32, from `rows.tiles_of`.
+        schedule: From `scheduled`, with the same tiling.
         tiling: Block sizes; a tile has no more rows than runs are aligned to.
         activation: "" or one of `gelu.FORMS`.
         residual: Add to what out_RO holds.
         gain_R: float32. Factor of each row, before the residual.
     """
-    processors = num_processors(rows_RI.device)
-    grid = (min(len(tiles_J3), processors * tiling.programs),)
-    _grouped_gemm[grid](
+    _grouped_gemm[(len(schedule.steps_G),)](
         TensorDescriptor.from_tensor(rows_RI, [tiling.rows, tiling.inner]),
         TensorDescriptor.from_tensor(weight.values, [tiling.columns, tiling.inner]),
         TensorDescriptor.from_tensor(out_RO, [tiling.rows, tiling.columns // (1 + tiling.halves)]),
         bias_O if weight.scale_O is None else weight.scale_O,
         bias_O,
         bias_O if gain_R is None else gain_R,
-        tiles_J3,
-        len(tiles_J3),
+        *schedule,
+        len(schedule.tiles_J3),
         len(bias_O),
         BLOCK_R=tiling.rows,
         BLOCK_O=tiling.columns,
@@ -140,7 +180,6 @@ def grouped_gemm(
         GAIN=gain_R is not None,
         ADDS=residual and _adds_in_memory(out_RO.device),
         SCALED=weight.scale_O is not None,
-        FLATTEN=tiling.flatten,
         HALVES=tiling.halves,
         num_warps=tiling.warps,
         num_stages=tiling.stages,

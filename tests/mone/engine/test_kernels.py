@@ -13,7 +13,7 @@ from mone.engine.casts import EIGHT_BITS, Factor, factor
 from mone.engine.kernels.attention import attend_rows
 from mone.engine.kernels.enter import enter_rows
 from mone.engine.kernels.gelu import FORMS, form_of
-from mone.engine.kernels.gemm import grouped_gemm
+from mone.engine.kernels.gemm import grouped_gemm, scheduled
 from mone.engine.kernels.narrow_mlp import narrow_mlp, parts_of
 from mone.engine.kernels.norm import norm_rows
 from mone.engine.kernels.route import place_and_score, prefer
@@ -38,8 +38,8 @@ def rows_of(counts):
     return runs, num_rows(runs)
 
 
-def table(tiles):
-    return torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
+def schedule_of(runs, columns, inner):
+    return scheduled(tiles_of(runs, columns, inner, TILE.rows, TILE.columns), TILE, DEVICE)
 
 
 def assert_near(actual, expected, dtype):
@@ -74,8 +74,8 @@ def test_products_from_the_first_features(counts, activation, dtype):
     out = torch.full((rows, 192), torch.nan, dtype=dtype, device=DEVICE)
     for run in runs:
         x[run.start : run.stop, run.width :] = 0
-    tiles = table(tiles_of(runs, [(0, 192)] * len(runs), [run.width for run in runs], TILE.rows, TILE.columns))
-    grouped_gemm(x, Factor(weight, None), bias, out, tiles, tiling=TILE, activation=activation)
+    schedule = schedule_of(runs, [(0, 192)] * len(runs), [run.width for run in runs])
+    grouped_gemm(x, Factor(weight, None), bias, out, schedule, tiling=TILE, activation=activation)
     for run in runs:
         own = slice(run.start, run.stop)
         expected = x[own].double() @ weight.double().T + bias
@@ -92,9 +92,9 @@ def test_products_of_eight_bits_are_those_of_their_values(counts):
     before = randn(rows, 192)
     for run in runs:
         x[run.start : run.stop, run.width :] = 0
-    tiles = table(tiles_of(runs, [(0, 192)] * len(runs), [run.width for run in runs], TILE.rows, TILE.columns))
+    schedule = schedule_of(runs, [(0, 192)] * len(runs), [run.width for run in runs])
     stream = before.clone()
-    grouped_gemm(x, weight, bias, stream, tiles, tiling=TILE, residual=True, gain_R=gain)
+    grouped_gemm(x, weight, bias, stream, schedule, tiling=TILE, residual=True, gain_R=gain)
     for run in runs:
         own = slice(run.start, run.stop)
         product = x[own].double() @ (weight.values.double() * weight.scale_O[:, None]).T + bias
@@ -107,8 +107,8 @@ def test_products_onto_the_first_features(counts):
     x, weight, bias = randn(rows, 192, dtype=torch.float16), randn(DIM, 192, dtype=torch.float16) / 14, randn(DIM)
     stream, gain = randn(rows, DIM), randn(rows)
     before = stream.clone()
-    tiles = table(tiles_of(runs, [(0, run.width) for run in runs], [192] * len(runs), TILE.rows, TILE.columns))
-    grouped_gemm(x, Factor(weight, None), bias, stream, tiles, tiling=TILE, residual=True, gain_R=gain)
+    schedule = schedule_of(runs, [(0, run.width) for run in runs], [192] * len(runs))
+    grouped_gemm(x, Factor(weight, None), bias, stream, schedule, tiling=TILE, residual=True, gain_R=gain)
     for run in runs:
         own, d = slice(run.start, run.stop), run.width
         product = x[own].double() @ weight[:d].double().T + bias[:d]
@@ -121,7 +121,7 @@ def test_norms_of_heads_are_those_of_whole_tokens(counts, offset):
     runs, rows = rows_of(counts)
     row_SN = row_of_token(runs, SEQUENCES, DEVICE)
     x_SND = randn(SEQUENCES, sum(counts), DIM) + offset
-    width_N = table([run.width for run in runs for _ in range(run.count)])
+    width_N = torch.tensor([run.width for run in runs for _ in range(run.count)], device=DEVICE)
     head, normal = (torch.full((rows, DIM), torch.nan, device=DEVICE) for _ in range(2))
     mean, spread = torch.empty(2, rows, device=DEVICE).unbind(0)
     enter_rows(Tokens(x_SND), row_SN, width_N, head, mean, spread)
@@ -196,8 +196,9 @@ GELU_ERRORS = {
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 3.0, 10.0, 100.0])
 def test_forms_of_gelu_keep_their_bounds(form, scale):
     x, out = randn(128, 32) * scale, torch.empty(128, 32, device=DEVICE)
-    eye, nothing, tiles = torch.eye(32, device=DEVICE), torch.zeros(32, device=DEVICE), table([(0, 0, 32)])
-    grouped_gemm(x, Factor(eye, None), nothing, out, tiles, tiling=Tiling(128, 32, 32, 4, 1), activation=form)
+    eye, nothing, tiling = torch.eye(32, device=DEVICE), torch.zeros(32, device=DEVICE), Tiling(128, 32, 32, 4, 1)
+    schedule = scheduled([(0, 0, 32)], tiling, DEVICE)
+    grouped_gemm(x, Factor(eye, None), nothing, out, schedule, tiling=tiling, activation=form)
     fixed, relative = GELU_ERRORS[form]
     relative += 2e-3 if DEVICE.type == "cuda" else 0.0  # TF32
     exact = F.gelu(x.double(), approximate="tanh" if "tanh" in form else "none")
