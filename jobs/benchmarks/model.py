@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from jobs.benchmarks.compiled import ALL_MODES, CompileMode, fastest_compiled
@@ -25,7 +25,7 @@ from mone.compute import clip_compute
 from mone.config import ModelConfig, preset
 from mone.engine.graphs import Replayed
 from mone.engine.support import check_engine
-from mone.model import ViViT
+from mone.model import Prediction, ViViT, to_float
 from mone.static import kept_patches
 
 RowEngine = Literal["auto", "triton", "layout", "reference", "compiled", "replayed", "fp8"]
@@ -58,8 +58,9 @@ class ModelSpeed:
     """Frames of a preset's clip; 0 is 32."""
     size: int = 0
     """Height and width of a preset's frames; 0 is 224."""
-    encoder: Literal["", "factorised", "joint", "spatial"] = ""
-    """Of a preset; default factorised. "spatial" is its spatial half alone."""
+    encoder: Literal["", "factorised", "joint", "spatial", "blocks"] = ""
+    """Of a preset; default factorised. "spatial" is its spatial half alone, "blocks" that half from embedded tokens on,
+    without pixels."""
     methods: tuple[str, ...] = (
         *("dense", "mone", "random_router", "token_drop", "tome", "submodel", "uniform", "proportionate"),
     )
@@ -152,7 +153,7 @@ class ModelSpeed:
 
     def _random(self, device: torch.device) -> tuple[ModelConfig, Callable[[], ViViT]]:
         size_px = self.size or 224
-        spatial = {"temporal_depth": 0} if self.encoder == "spatial" else {}
+        spatial = {"temporal_depth": 0} if self.encoder in ("spatial", "blocks") else {}
         with checking_input():
             config = preset(
                 self.preset or "base",
@@ -231,22 +232,41 @@ def _variant(base: ViViT, case: _Case, clips: _Clips, asked: ModelSpeed) -> _Var
     num_kept = None if clips.kept_BK is None else clips.kept_BK.shape[1]
     counts = config.token_counts(case.capacity, num_kept)  # here, so that there is nothing but tensors to trace
     model = sharing_weights(base, config)
+    flops = clip_compute(config, case.capacity, num_kept).flops
+    called = model
+    if asked.encoder == "blocks":
+        called = cast(ViViT, _FromTokens(model, clips))  # as one in what is asked of it
+        flops -= 2 * (num_kept or config.num_indices * config.num_tokens) * config.dim * config.patch_values
     arguments = {"patches": clips.patches, "counts": counts, "kept_BK": clips.kept_BK}
     if case.engine == "compiled":
         model.encoder.engine = "reference"
-        run = fastest_compiled(model, arguments, asked.compile_modes)
+        run = fastest_compiled(called, arguments, asked.compile_modes)
     elif case.engine in ("replayed", "fp8"):
         model.encoder.engine = "triton" if case.engine == "replayed" else "fp8"
-        run = Replayed(model)
+        run = Replayed(called)
     else:
         model.encoder.engine = case.engine
-        run = torch.compile(model, dynamic=False) if asked.compile else model
+        run = torch.compile(called, dynamic=False) if asked.compile else called
     return _Variant(
         case=case,
         static_share=1 - num_kept / (config.num_indices * config.num_tokens) if num_kept else 0.0,
-        flops=clip_compute(config, case.capacity, num_kept).flops,
+        flops=flops,
         forward=lambda: run(**arguments).logits_BC,
     )
+
+
+class _FromTokens(nn.Module):
+    """A model whose tokens are embedded already, whatever patches it is called with."""
+
+    def __init__(self, model: ViViT, clips: _Clips) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        pixels_BKP = to_float(clips.patches.flatten(1, -2), model.config, model.embed.weight.dtype, clips.kept_BK)
+        self.x_BKD = model.embed(pixels_BKP)
+
+    def forward(self, patches: Tensor, counts: tuple[int, ...], kept_BK: Tensor | None = None) -> Prediction:
+        vectors_BGD, plan = self.model.encoder(self.x_BKD, patches.flatten(1, -2), counts, kept_BK)
+        return Prediction(self.model.head(self.model.temporal(vectors_BGD, self.model.encoder.engine)), plan)
 
 
 def _room_to_compile(num_variants: int) -> AbstractContextManager:

@@ -75,10 +75,15 @@ def _deeper(tilings: Tilings) -> Tilings:
 
 
 class _Card(NamedTuple):
-    """Tilings for dense tokens, for nested ones, and for those of a clip or two, which leave a card half empty."""
+    """Tilings for dense tokens, for nested ones of about 0.4 of the width or more, for narrower ones.
+
+    And for a clip or two, which leave a card half empty: dense and nested.
+    """
 
     dense: Tilings
     nested: Tilings
+    narrow: Tilings
+    few_dense: Tilings
     few: Tilings
 
 
@@ -90,10 +95,13 @@ _NARROW = ((128, Tiling(128, 64, 64, 8, 3)), (192, Tiling(128, 64, 64, 8, 2)))
 _NARROW_8 = ((192, Tiling(128, 128, 64, 8, 3)),)
 _HOPPER = _Card(
     dense=Tilings(_WIDE, _WIDE, _WIDE, _WIDE._replace(stages=3), _NARROW),
-    nested=Tilings(_FINE, _FINE, _FINE, _FINE, _NARROW),
-    few=Tilings(_FINE, _FLAT, _FINE, _FLAT, _NARROW),
+    nested=Tilings(_FINE, _FINE, _FINE, _WIDE, _NARROW),
+    narrow=Tilings(_FINE, _FINE, _FINE, _FINE, _NARROW),
+    few_dense=Tilings(_FINE, _FINE, _FINE, _FINE, _NARROW),
+    few=Tilings(_FINE, _FLAT, _FLAT, _FLAT, _NARROW),
 )
-_HOPPER_8 = _Card(*(_deeper(tilings)._replace(narrow=_NARROW_8) for tilings in _HOPPER))
+_DENSE_8 = Tilings(_FINE, _FINE, _FINE, _WIDE, _NARROW)
+_HOPPER_8 = _Card(*(_deeper(tilings)._replace(narrow=_NARROW_8) for tilings in _HOPPER._replace(dense=_DENSE_8)))
 _ONLINE = Attending(64, 64, 4, 2, whole=False)
 # Never measured: what fits. A100 has 163 KB of shared memory for a program, L4 and other cards of its kind 99 KB.
 _LARGE = Tiling(128, 128, 64, 8, 3)
@@ -101,8 +109,8 @@ _A100 = Tilings(*[_LARGE] * 4, narrow=((128, Tiling(128, 64, 64, 8, 2)),), atten
 _SMALL = Tiling(128, 128, 32, 8, 3)
 _L4 = Tilings(*[_SMALL] * 4, narrow=((64, Tiling(64, 64, 64, 4, 2)),), attention=_ONLINE)
 _L4_8 = _deeper(_L4)
-# Of the full width, from which on tokens are as good as dense.
-_DENSE_SHARE = 0.75
+# Of the full width: from which on tokens are as good as dense, and from which on wide tiles fill the card.
+_DENSE_SHARE, _NESTED_SHARE = 0.75, 0.38
 _FEW_ROWS = 8192
 
 
@@ -125,9 +133,12 @@ def default_tilings(capability: tuple[int, int], share: float, num_rows: int, *,
     """
     if capability >= (9, 0):
         card = _HOPPER_8 if eight_bits else _HOPPER
+        few = num_rows < _FEW_ROWS
         if share >= _DENSE_SHARE:
-            return card.dense
-        return card.few if num_rows < _FEW_ROWS else card.nested
+            return card.few_dense if few else card.dense
+        if few:
+            return card.few
+        return card.nested if share >= _NESTED_SHARE else card.narrow
     if eight_bits:
         return _L4_8
     return _A100 if capability == (8, 0) else _L4

@@ -53,21 +53,24 @@ def refused(capsys) -> Callable[..., None]:
     return check
 
 
-def check_rows(record: dict[str, Any], config: ModelConfig) -> None:
+def check_rows(record: dict[str, Any], config: ModelConfig, *, embedded: bool = False) -> None:
     """Operations are the formula's, and everything else follows from them and the measured times."""
+    embedding = 2 * config.dim * config.patch_values * embedded
     dense, dense_flops = record["rows"][0], clip_compute(config, 1.0).dense_flops
+    dense_flops -= embedding * config.num_indices * config.num_tokens
     assert dense["method"] == "dense" and dense["times_faster"] == 1
     for row in record["rows"]:
         places = config.num_indices * config.num_tokens
         num_kept = round((1 - row["static_share"]) * places) if row["static_share"] else None
-        compute = clip_compute(with_method(config, row["method"]), row["capacity"], num_kept)
-        assert row["flops_per_clip"] == compute.flops and row["dense_flops_per_clip"] == dense_flops
-        assert row["flops_share"] == compute.flops / dense_flops
+        flops = clip_compute(with_method(config, row["method"]), row["capacity"], num_kept).flops
+        flops -= embedding * (num_kept or places)
+        assert row["flops_per_clip"] == flops and row["dense_flops_per_clip"] == dense_flops
+        assert row["flops_share"] == flops / dense_flops
         times_ms = row["batch_ms_repeats"]
         assert len(times_ms) == record["config"]["repeats"]
         assert row["batch_ms"] == pytest.approx(statistics.median(times_ms))
         assert row["clips_per_s"] == pytest.approx(record["config"]["batch_size"] / row["batch_ms"] * 1e3)
-        assert row["tflop_per_s"] == pytest.approx(compute.flops * row["clips_per_s"] / 1e12)
+        assert row["tflop_per_s"] == pytest.approx(flops * row["clips_per_s"] / 1e12)
         faster = sorted(a / b for a, b in zip(dense["batch_ms_repeats"], times_ms, strict=True))
         shown = [row[name] for name in ("times_faster_min", "times_faster", "times_faster_max")]
         assert shown == pytest.approx([faster[0], statistics.median(faster), faster[-1]])
@@ -88,7 +91,7 @@ def test_every_method_at_every_capacity_once(measured):
     check_rows(record, config)
 
 
-@pytest.mark.parametrize("encoder", ["factorised", "joint", "spatial"])
+@pytest.mark.parametrize("encoder", ["factorised", "joint", "spatial", "blocks"])
 def test_static_patches_are_more_rows(measured, encoder):
     record = measured(
         *("model", *SMALL, *ASKED, "--repeats", 1, "--device", "cpu", "--encoder", encoder, "--methods", "mone"),
@@ -98,8 +101,9 @@ def test_static_patches_are_more_rows(measured, encoder):
     full = [("dense", 1.0), ("mone", 0.2), ("mone", 1.0)]
     # Of 8 patches, 2 are at most 30 %.
     assert rows == [(*of, 0.0) for of in full] + [(*of, 0.25) for of in full]
-    sizes = {"encoder": encoder} if encoder != "spatial" else {"temporal_depth": 0}
-    check_rows(record, preset("tiny", num_classes=400, num_frames=4, height_px=32, width_px=32, **sizes))
+    sizes = {"temporal_depth": 0} if encoder in ("spatial", "blocks") else {"encoder": encoder}
+    config = preset("tiny", num_classes=400, num_frames=4, height_px=32, width_px=32, **sizes)
+    check_rows(record, config, embedded=encoder == "blocks")
 
 
 def test_a_model_folder_gives_its_sizes(measured, model_folder):

@@ -35,7 +35,7 @@ def own_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("capability", "room"), [((9, 0), 232448), ((8, 0), 166912), ((8, 9), 101376), ((12, 0), 0)])
 def test_defaults_leave_room_for_the_loads_of_products(capability, room):
-    for share, num_rows, eight_bits in itertools.product((0.2, 1.0), (3000, 50_000), (False, True)):
+    for share, num_rows, eight_bits in itertools.product((0.2, 0.5, 1.0), (3000, 50_000), (False, True)):
         tilings = default_tilings(capability, share, num_rows, eight_bits=eight_bits)
         for tiling in tilings[:4]:
             loads = tiling.stages * (tiling.rows + tiling.columns) * tiling.inner * (1 if eight_bits else 2)
