@@ -63,7 +63,8 @@ def _try_decoders(names: list[str]) -> dict[str, str]:
     """Make a clip and decode it with each of some decoders."""
     try:
         from pipelines.archive import Video
-        from pipelines.decode import Clip, decoder_of
+        from pipelines.decode import decoder_of
+        from pipelines.decoded import Clip
         from pipelines.manifest import plan_video, source_of
         from pipelines.synthetic import render, write_clip
         from pipelines.timeline import ClipPlan

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pipelines import guarded
-from pipelines.decode import Clip, Source, decode_clips
+from pipelines.decode import decode_clips
+from pipelines.decoded import Clip, Source
 from pipelines.failure import DecodeFailure
 from pipelines.guarded import Request, decode_guarded, probe_guarded
 from pipelines.limits import Limits

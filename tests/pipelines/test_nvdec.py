@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from pipelines import decode, nvdec
-from pipelines.decode import DECODERS, Clip, chain_of, decode_clips
+from pipelines.decode import DECODERS, chain_of, decode_clips
+from pipelines.decoded import Clip
 from pipelines.failure import DecodeFailure
 from pipelines.ingest import worth_starting
 from pipelines.limits import DecoderChoice
