@@ -126,7 +126,7 @@ def _by_another_build(
         return outcomes
     others: Sequence[Clip | Exception]
     try:
-        others = torchcodec_decoder.decode(source.path, [spans[number] for number in again], view)
+        others = torchcodec_decoder.decode(source, [spans[number] for number in again], view)
     except Exception as error:
         others = [error] * len(again)
     settled = list(outcomes)
@@ -268,10 +268,6 @@ def _decode_nvdec(source: Source, spans: Sequence[tuple[float, float]], view: Vi
         return _decode_av(source, spans, view, nvdec.hardware(), NVDEC)
     except (nvdec.Unfit, DecodeFailure, MemoryError) as error:  # a CPU may do better, and knows better why not
         raise DecoderUnfit(str(error)) from error
-
-
-def _decode_torchcodec(source: Source, spans: Sequence[tuple[float, float]], view: View) -> list[Outcome]:
-    return torchcodec_decoder.decode(source.path, spans, view)
 
 
 def _decode_av(
@@ -419,7 +415,7 @@ NVDEC, TORCHCODEC = "nvdec", torchcodec_decoder.NAME
 
 def decoder_of(name: str) -> Decoder:
     """A decoder by its name."""
-    others: dict[str, Decoder] = {NVDEC: _decode_nvdec, TORCHCODEC: _decode_torchcodec}
+    others: dict[str, Decoder] = {NVDEC: _decode_nvdec, TORCHCODEC: torchcodec_decoder.decode}
     return DECODERS.get(name) or others[name]
 
 

@@ -21,8 +21,7 @@ def _missing_torchcodec() -> str:
 
 # It brings no FFmpeg of its own.
 needs_torchcodec = pytest.mark.skipif(
-    bool(_missing_torchcodec()),
-    reason=f"pip install '.[torchcodec]', beside FFmpeg's libraries: {_missing_torchcodec()}",
+    bool(_missing_torchcodec()), reason=f"pip install '.[torchcodec]' and FFmpeg's libraries: {_missing_torchcodec()}"
 )
 
 # RGB kept bit for bit: codec, its pixel format and options, and the container in which both readers have its times.

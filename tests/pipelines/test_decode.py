@@ -200,7 +200,7 @@ def test_every_container_shows_the_frames_asked_for(tmp_path, decoder, name):
     try:
         found = outcomes(decoder, path, spans, view())
     except DecoderUnfit:
-        assert decoder == "decord"  # then it is the next decoder's turn
+        assert decoder != "pyav"  # then it is another decoder's turn
         return
     assert [numbers(outcome) for outcome in found] == [on_display(np.arange(100) / 25, span, 8) for span in spans]
 
