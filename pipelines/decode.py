@@ -7,9 +7,9 @@ where it is installed, torchcodec has those clips that failed for what another b
 Frames are scaled in the decoder (bicubic, short side to the model's size) and cropped at the centre, the usual test
 view of video models. Neither decoder lives longer than one call: an idle decord reader decodes ahead without limit.
 
-Both turn frames as the file says and convert colours by its range and matrix. Their pictures differ by rounding (at
-most 2 of 255) where chroma is whole; where it is halved, by a mean of 2, and of 5 after a quarter turn, of the sharpest
-pictures there are (tests/pipelines/test_decode.py measures it).
+All turn frames as the file says and convert colours by its range and matrix. Pictures of
+decord and PyAV differ by rounding (at most 2 of 255) where chroma is whole; where it is halved, by a mean of 2, and of
+5 after a quarter turn, of the sharpest pictures there are (tests/pipelines/test_decode.py measures it).
 """
 
 import importlib

@@ -38,10 +38,13 @@ def examine() -> NodeFacts:
     """Look at the machine that this runs on."""
     import torch
 
+    from pipelines.decode import TORCHCODEC
+    from pipelines.torchcodec_decoder import is_found
+
     count = torch.cuda.device_count()
     return NodeFacts(
         versions=versions(),
-        decoders=_try_decoders(["decord", "pyav"]),
+        decoders=_try_decoders(["decord", "pyav", *([TORCHCODEC] if is_found() else [])]),
         gpus=tuple(torch.cuda.get_device_name(index) for index in range(count)),
         cuda=_reason(lambda: _multiply(count)),
         kernels=_reason(lambda: try_kernels("cuda")) if count else "",
