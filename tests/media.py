@@ -6,23 +6,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-import pytest
-
-from pipelines import torchcodec_decoder
-
-
-def _missing_torchcodec() -> str:
-    """Why torchcodec cannot be had; "" where it can."""
-    if not torchcodec_decoder.is_found():
-        return "not installed"
-    loaded = torchcodec_decoder._loaded()
-    return loaded if isinstance(loaded, str) else ""
-
-
-# It brings no FFmpeg of its own.
-needs_torchcodec = pytest.mark.skipif(
-    bool(_missing_torchcodec()), reason=f"pip install '.[torchcodec]' and FFmpeg's libraries: {_missing_torchcodec()}"
-)
 
 # RGB kept bit for bit: codec, its pixel format and options, and the container in which both readers have its times.
 LOSSLESS = {

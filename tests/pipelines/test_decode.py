@@ -17,7 +17,8 @@ from pipelines.probe import probe
 from pipelines.schema import Status
 from pipelines.timeline import instants
 from pipelines.view import View
-from tests.media import indexed_frames, needs_torchcodec, read_index, write_coloured, write_video
+from tests.media import indexed_frames, read_index, write_coloured, write_video
+from tests.optional import needs_torchcodec
 
 oracle = settings(max_examples=100, deadline=None, derandomize=True)
 every_decoder = pytest.mark.parametrize("decoder", [*DECODERS, pytest.param(TORCHCODEC, marks=needs_torchcodec)])

@@ -19,7 +19,8 @@ from pipelines.probe import probe
 from pipelines.schema import Status
 from pipelines.torchcodec_decoder import probe_by_any
 from pipelines.view import View
-from tests.media import indexed_frames, needs_torchcodec, read_index, write_video
+from tests.media import indexed_frames, read_index, write_video
+from tests.optional import needs_torchcodec
 
 VIEW = View(num_frames=10, height_px=64, width_px=64)
 SPANS = [(0.0, 1.0), (1.0, 2.0), (7.0, 8.0)]
