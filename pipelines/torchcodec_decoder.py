@@ -112,7 +112,7 @@ def probe_by_any(path: str) -> VideoInfo:
     try:
         return probe(path)
     except FFmpegFailure as failure:
-        if not is_found():
+        if not is_found() or is_remote(path):
             raise
         try:
             return dataclasses.replace(_describe(path), note=f"pyav: {failure}")
