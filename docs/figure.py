@@ -17,7 +17,8 @@ from mone.capacity import effective_capacity
 from mone.checkpoint import read_checkpoint
 from mone.config import ModelConfig
 from pipelines.archive import Video
-from pipelines.decode import Clip, decode_clips
+from pipelines.decode import decode_clips
+from pipelines.decoded import Clip
 from pipelines.manifest import plan_video, source_of
 from pipelines.patches import view_of
 from pipelines.preview import draw, expert_colours, expert_maps

@@ -1,35 +1,37 @@
 """From a file and spans of it to frames: PyAV first for H.264, else decord; the other one where the first cannot.
 
-Before both NVDEC has its turn, where a GPU is to decode and this process may use it (`pipelines.nvdec`).
+Before both NVDEC has its turn, where a GPU is to decode and this process may use it (`pipelines.nvdec`). After both,
+where it is installed, torchcodec has those clips that failed for what another build of FFmpeg may be able to decode
+(`pipelines.torchcodec_decoder`).
 
 Frames are scaled in the decoder (bicubic, short side to the model's size) and cropped at the centre, the usual test
 view of video models. Neither decoder lives longer than one call: an idle decord reader decodes ahead without limit.
 
-Both turn frames as the file says and convert colours by its range and matrix. Their pictures differ by rounding (at
-most 2 of 255) where chroma is whole; where it is halved, by a mean of 2, and of 5 after a quarter turn, of the sharpest
-pictures there are (tests/pipelines/test_decode.py measures it).
+All turn frames as the file says and convert colours by its range and matrix. Pictures of
+decord and PyAV differ by rounding (at most 2 of 255) where chroma is whole; where it is halved, by a mean of 2, and of
+5 after a quarter turn, of the sharpest pictures there are (tests/pipelines/test_decode.py measures it).
 """
 
-import dataclasses
 import importlib
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol, Self
+from typing import Protocol
 
 import av.error
 import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from pipelines import nvdec
-from pipelines.failure import DecodeFailure
+from pipelines import nvdec, torchcodec_decoder
+from pipelines.decoded import Clip, DecoderUnfit, Outcome, Source, clip_of, nothing_there, short_note
+from pipelines.failure import DecodeFailure, FFmpegFailure
 from pipelines.limits import DecoderChoice
 from pipelines.needed import CODECS, NotSure, can_skip, needed_frames
+from pipelines.picture import Scaler, picture
 from pipelines.probe import Damage, decode_frames, first_pts, open_video, tick_s
 from pipelines.schema import Status
 from pipelines.storage.address import is_remote
@@ -70,54 +72,6 @@ _DECORD_MAX_S = 300.0
 _MAX_BATCH_FRAMES = 512
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """A file and what the probe says of it: size as displayed, FFmpeg's names of container and codec, length."""
-
-    path: str = field(repr=False)  # it may be signed
-    width_px: int
-    height_px: int
-    container: str
-    codec: str
-    duration_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """How a span was decoded.
-
-    Attributes:
-        decoder: "decord", "pyav" or "nvdec".
-        note: What was unusual: why a decoder was passed over, damaged packets, instants past the last frame.
-        repeated_share: Of the steps from one frame of the file to another, those at which no pixel changes: the scene
-            stands still, or the decoder repeats a frame for one that it cannot decode.
-    """
-
-    decoder: str
-    note: str = ""
-    repeated_share: float = 0.0
-
-    def with_note(self, note: str) -> Self:
-        """The same with a note before its own."""
-        return dataclasses.replace(self, note="; ".join(filter(None, (note, self.note))))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Clip(Served):
-    """Decoded frames of one span.
-
-    Attributes:
-        frames_THWC: uint8 RGB [T, H, W, 3].
-    """
-
-    frames_THWC: np.ndarray = field(repr=False)
-
-
-class DecoderUnfit(Exception):  # noqa: N818 - the next decoder's turn
-    """This decoder cannot serve this file."""
-
-
-Outcome = Clip | DecodeFailure
 Decoder = Callable[[Source, Sequence[tuple[float, float]], View], list[Outcome]]
 
 
@@ -135,22 +89,58 @@ def decode_clips(
         view: Frames and size wanted.
         decoders: The chain, each taking over where the one before cannot serve the file; default `chain_of`.
     """
+    names = list(decoders or chain_of(source))
+    outcomes, context = _by_first_fit(source, spans, view, [name for name in names if name != TORCHCODEC])
+    return _by_another_build(source, spans, view, outcomes, context) if TORCHCODEC in names else outcomes
+
+
+def _by_first_fit(
+    source: Source, spans: Sequence[tuple[float, float]], view: View, names: Sequence[str]
+) -> tuple[list[Outcome], str]:
+    """Outcomes of the first decoder that can serve the file, and what their failures are to be read after."""
     reasons: list[str] = []
-    for name in decoders or chain_of(source):
+    for name in names:
         try:
             outcomes = decoder_of(name)(source, spans, view)
         except DecoderUnfit as unfit:
             reasons.append(f"{name}: {unfit}")
         except DecodeFailure as failure:
-            return [failure] * len(spans)
+            return [failure] * len(spans), "; ".join([*reasons, f"{name}: "])
         except MemoryError:
-            return [DecodeFailure(Status.UNSUPPORTED, "not enough memory for its frames")] * len(spans)
+            return [DecodeFailure(Status.UNSUPPORTED, "not enough memory for its frames")] * len(spans), ""
         except Exception as error:  # a damaged file can fail anywhere in the bindings
             reasons.append(f"{name}: {type(error).__name__}: {error}")
         else:
             note = "; ".join(reasons)
-            return [outcome.with_note(note) if isinstance(outcome, Clip) else outcome for outcome in outcomes]
-    return [DecodeFailure(Status.DECODE_ERROR, "; ".join(reasons))] * len(spans)
+            noted = [outcome.with_note(note) if isinstance(outcome, Clip) else outcome for outcome in outcomes]
+            return noted, "; ".join([*reasons, f"{name}: "])
+    return [FFmpegFailure(Status.DECODE_ERROR, "; ".join(reasons))] * len(spans), ""
+
+
+def _by_another_build(
+    source: Source, spans: Sequence[tuple[float, float]], view: View, outcomes: list[Outcome], context: str
+) -> list[Outcome]:
+    """The outcomes, and torchcodec's in place of failures that another build of FFmpeg may not share."""
+    again = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, FFmpegFailure)]
+    if not again:
+        return outcomes
+    others: Sequence[Clip | Exception]
+    try:
+        others = torchcodec_decoder.decode(source, [spans[number] for number in again], view)
+    except Exception as error:
+        others = [error] * len(again)
+    settled = list(outcomes)
+    for number, other in zip(again, others, strict=True):
+        failure = outcomes[number]
+        assert isinstance(failure, FFmpegFailure)
+        if isinstance(other, Clip):
+            settled[number] = other.with_note(f"{context}{failure}")
+        else:
+            reason = str(other) or type(other).__name__
+            settled[number] = DecodeFailure(
+                failure.status, "; ".join(filter(None, (str(failure), f"{TORCHCODEC}: {reason}")))
+            )
+    return settled
 
 
 def _decode_decord(source: Source, spans: Sequence[tuple[float, float]], view: View) -> list[Outcome]:
@@ -187,22 +177,12 @@ def _decode_decord(source: Source, spans: Sequence[tuple[float, float]], view: V
     for span in spans:
         times_s = instants(*span, view.num_frames)
         shown = int((times_s < ends_s[-1] + 1e-3).sum())
-        chosen.append(frames_at(times_s, starts_s) if shown else _nothing_there(span, ends_s[-1]))
-        notes.append(_short_note(shown, len(times_s)))
+        chosen.append(frames_at(times_s, starts_s) if shown else nothing_there(span, ends_s[-1]))
+        notes.append(short_note(shown, len(times_s)))
     return [
-        index_T if isinstance(index_T, DecodeFailure) else _clip(frames, index_T, "decord", note)
+        index_T if isinstance(index_T, DecodeFailure) else clip_of(frames, index_T, "decord", note)
         for index_T, frames, note in zip(chosen, _fetch(chosen, frames_of), notes, strict=True)
     ]
-
-
-def _clip(frames_THWC: np.ndarray, index_T: np.ndarray, decoder: str, note: str) -> Clip:
-    """A clip of frames that are known by a number each."""
-    coarse = frames_THWC[:, ::16, ::16]
-    is_step = np.diff(index_T) != 0
-    maybe_same = np.flatnonzero(is_step & (coarse[1:] == coarse[:-1]).all(axis=(1, 2, 3)))
-    num_same = sum(np.array_equal(frames_THWC[step], frames_THWC[step + 1]) for step in maybe_same)
-    repeated_share = num_same / max(1, int(is_step.sum()))
-    return Clip(frames_THWC=frames_THWC, decoder=decoder, note=note, repeated_share=repeated_share)
 
 
 def _fetch(
@@ -303,7 +283,7 @@ def _decode_av(
         if passed.late:  # the container cannot seek exactly
             passed = _pass(source, times_s[order], view, means, seek_s=0.0)
     except (av.error.FFmpegError, ValueError) as error:
-        raise DecodeFailure(Status.DECODE_ERROR, str(error)) from error
+        raise FFmpegFailure(Status.DECODE_ERROR, str(error)) from error
     if passed.damages and name == NVDEC:  # which says nothing of damages inside a frame
         raise DecoderUnfit("what is damaged is left to CPUs")
     pictures = dict(zip(order.tolist(), passed.pictures, strict=False))
@@ -406,35 +386,6 @@ def _show(frame: VideoFrame, times: int, shown: list[int], painter: _Painter) ->
         shown.extend([painter.paint(frame)] * times)
 
 
-class Scaler:
-    """Frames as RGB in another size; prepares itself once for frames that are alike.
-
-    swscale makes BGR twice as fast as RGB, and nearer to what exact arithmetic gives (a mean of 0.6 of 255 off, not
-    1.1). To turn that round takes a tenth of the time.
-    """
-
-    def __init__(self) -> None:
-        """Prepare for any frames."""
-        self._to_bgr, self._to_rgb = VideoReformatter(), VideoReformatter()
-
-    def scale(self, frame: VideoFrame, width_px: int, height_px: int) -> np.ndarray:
-        """uint8 RGB [height_px, width_px, 3]."""
-        size = {"width": width_px, "height": height_px}
-        bgr = self._to_bgr.reformat(frame, **size, format="bgr24", interpolation="BICUBIC", threads=1)
-        return self._to_rgb.reformat(bgr, format="rgb24", threads=1).to_ndarray()
-
-
-def picture(frame: VideoFrame, view: View, scaler: Scaler | None = None) -> np.ndarray:
-    """A frame as the model sees it: uint8 RGB [H, W, 3], upright, scaled and cropped."""
-    turns = frame.rotation // 90
-    upright = (frame.width, frame.height) if turns % 2 == 0 else (frame.height, frame.width)
-    width_px, height_px = view.scaled_size(*upright)
-    if turns % 2:
-        width_px, height_px = height_px, width_px
-    scaled_HW3 = (scaler or Scaler()).scale(frame, width_px, height_px)
-    return view.crop(np.rot90(scaled_HW3, turns))
-
-
 def _assemble(span: tuple[float, float], pictures: list[np.ndarray | None], passed: _Pass, decoder: str) -> Outcome:
     shown = [picture for picture in pictures if picture is not None]
     # A lost packet spoils every frame that is predicted from it, up to the next key frame.
@@ -442,24 +393,13 @@ def _assemble(span: tuple[float, float], pictures: list[np.ndarray | None], pass
     damages = [damage for damage in passed.damages if clean_s <= damage.time_s < span[1]]
     if not shown:
         inside = [damage for damage in damages if damage.time_s >= span[0]]
-        return DecodeFailure(Status.DECODE_ERROR, inside[0].reason) if inside else _nothing_there(span, passed.end_s)
-    notes = [_short_note(len(shown), len(pictures))]
+        return FFmpegFailure(Status.DECODE_ERROR, inside[0].reason) if inside else nothing_there(span, passed.end_s)
+    notes = [short_note(len(shown), len(pictures))]
     if damages:
         notes.append(f"partial: {len(damages)} damaged packets skipped ({damages[0].reason})")
     padded = shown + [shown[-1]] * (len(pictures) - len(shown))
     index_T = np.array([id(picture) for picture in padded])  # a frame on display for long is one picture
-    return _clip(np.stack(padded), index_T, decoder, "; ".join(filter(None, notes)))
-
-
-def _nothing_there(span: tuple[float, float], end_s: float) -> DecodeFailure:
-    return DecodeFailure(
-        Status.DECODE_ERROR, f"nothing to show in [{span[0]:.2f}, {span[1]:.2f}) s: the video ends at {end_s:.2f} s"
-    )
-
-
-def _short_note(shown: int, wanted: int) -> str:
-    """Instants past the end repeat the last frame, and the row says how many."""
-    return "" if shown == wanted else f"partial: {shown} of {wanted} frames, the last one repeated"
+    return clip_of(np.stack(padded), index_T, decoder, "; ".join(filter(None, notes)))
 
 
 def _decord_reason(error: BaseException) -> str:
@@ -468,19 +408,28 @@ def _decord_reason(error: BaseException) -> str:
     return first.rsplit("] ", 1)[-1].split(": ", 1)[-1][:120] or type(error).__name__
 
 
-# On CPUs.
+# On CPUs, one of which can serve what PyAV's FFmpeg can decode.
 DECODERS: dict[str, Decoder] = {"decord": _decode_decord, "pyav": _decode_pyav}
-NVDEC = "nvdec"
+NVDEC, TORCHCODEC = "nvdec", torchcodec_decoder.NAME
 
 
 def decoder_of(name: str) -> Decoder:
     """A decoder by its name."""
-    return _decode_nvdec if name == NVDEC else DECODERS[name]
+    others: dict[str, Decoder] = {NVDEC: _decode_nvdec, TORCHCODEC: torchcodec_decoder.decode}
+    return DECODERS.get(name) or others[name]
 
 
 def chain_of(source: Source, choice: DecoderChoice = "cpu") -> list[str]:
     """Decoders in the order in which they have their turn: first PyAV where it decodes only what is needed."""
+    names = cpu_decoders(source)
+    if choice == "nvdec" or (choice == "auto" and nvdec.is_ready()):
+        names.insert(0, NVDEC)
+    return [*names, TORCHCODEC] if torchcodec_decoder.is_found() else names
+
+
+def cpu_decoders(source: Source) -> list[str]:
+    """Those of `DECODERS`, in the order of `chain_of`."""
     names = list(DECODERS)
     if source.container in _DECORD_CONTAINERS and source.codec in CODECS:
         names.reverse()
-    return [NVDEC, *names] if choice == "nvdec" or (choice == "auto" and nvdec.is_ready()) else names
+    return names

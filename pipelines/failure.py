@@ -16,3 +16,7 @@ class DecodeFailure(Exception):  # noqa: N818 - becomes a row
 
     def __reduce__(self) -> tuple[type["DecodeFailure"], tuple[Status, str]]:
         return type(self), (self.status, str(self))
+
+
+class FFmpegFailure(DecodeFailure):
+    """One that another build of FFmpeg may not share: a decoder is missing, or refuses the data."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from pipelines.clip_cache import CACHE_FILE, CACHED, CLIPS_DIR, CLIPS_KEY, ClipCache, fingerprint
 from pipelines.clip_source import clip_bytes
 from pipelines.commit import STAGING_DIR, StagedFiles
-from pipelines.decode import Clip
+from pipelines.decoded import Clip
 from pipelines.ingest import DECODE_MEMORY_BYTES
 from pipelines.manifest import decode_planned
 from pipelines.schema import PlannedClip, Status

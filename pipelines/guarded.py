@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from pipelines.child import Call, Killed, call, call_each
-from pipelines.decode import Served, Source, chain_of, decode_clips
+from pipelines.decode import cpu_decoders, decode_clips
+from pipelines.decoded import Served, Source
 from pipelines.failure import DecodeFailure
 from pipelines.limits import DEFAULT_LIMITS, Limits
-from pipelines.probe import VideoInfo, probe
+from pipelines.probe import VideoInfo
 from pipelines.schema import Status
+from pipelines.torchcodec_decoder import probe_by_any
 from pipelines.view import View
 
 # Clips of a file, each tried by itself, that may reach the limit on time before the rest are given up.
@@ -38,13 +40,13 @@ class Decoded(NamedTuple, Generic[T]):
 
 
 def probe_guarded(path: str, size_bytes: int, limits: Limits = DEFAULT_LIMITS) -> VideoInfo:
-    """As `probe`, under limits.
+    """As `probe_by_any`, under limits.
 
     Raises:
-        DecodeFailure: As `probe`; `timeout`, `unsupported` or `decode_error` where a limit or a crash ended it.
+        DecodeFailure: As `probe_by_any`; `timeout`, `unsupported` or `decode_error` where a limit or a crash ended it.
     """
     try:
-        return call(Call(probe, (path,), limits.probe_s(size_bytes), limits.memory_bytes))
+        return call(Call(probe_by_any, (path,), limits.probe_s(size_bytes), limits.memory_bytes))
     except Killed as killed:
         raise DecodeFailure(killed.status, f"probing {killed}") from killed
     except MemoryError as error:
@@ -60,8 +62,8 @@ def decode_guarded(
 ) -> Iterator[Decoded[T]]:
     """As `decode_clips` for each request in turn, under limits; the next one is decoded while a result is used.
 
-    Where decoding was ended, the last decoder of the chain has its turn, as where the others could not serve the file.
-    Where it was ended as well, it has each clip by itself, so that one cannot take its neighbours with it.
+    Where decoding was ended, the last of the decoders on CPUs has its turn, as where the others could not serve the
+    file. Where it was ended as well, it has each clip by itself, so that one cannot take its neighbours with it.
 
     Args:
         requests: Files and spans.
@@ -109,7 +111,7 @@ class _Piece(Generic[T]):
 
     def _by_last_decoder(self) -> list[T | DecodeFailure]:
         try:
-            return call(self.task(chain_of(self.source)[-1:]), self.first).outcomes
+            return call(self.task(cpu_decoders(self.source)[-1:]), self.first).outcomes
         except Killed as killed:
             if len(self.spans) == 1:
                 return [DecodeFailure(killed.status, f"decoding {killed}")]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pipelines.view import View
 
 if TYPE_CHECKING:  # the command line knows limits, and no decoder
-    from pipelines.decode import Source
+    from pipelines.decoded import Source
 
 # "auto": a GPU decodes beside CPUs, where there is one. "nvdec": it decodes what it can, CPUs the rest.
 DecoderChoice = Literal["auto", "cpu", "nvdec"]

@@ -7,7 +7,8 @@ from itertools import groupby
 
 from pipelines.archive import Video
 from pipelines.child import Call
-from pipelines.decode import Outcome, Source, decode_clips
+from pipelines.decode import decode_clips
+from pipelines.decoded import Outcome, Source
 from pipelines.failure import DecodeFailure
 from pipelines.guarded import Decode, Decoded, Request, T, decode_guarded, probe_guarded
 from pipelines.limits import DEFAULT_LIMITS, Limits

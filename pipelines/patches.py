@@ -8,7 +8,8 @@ import numpy as np
 from mone.config import ModelConfig
 from mone.static import kept_patches
 from mone.tubelets import to_patches
-from pipelines.decode import Clip, Served, Source, chain_of, decode_clips
+from pipelines.decode import chain_of, decode_clips
+from pipelines.decoded import Clip, Served, Source
 from pipelines.failure import DecodeFailure
 from pipelines.limits import DecoderChoice
 from pipelines.view import TokenOptions, View

@@ -12,7 +12,7 @@ from mone.checkpoint import Checkpoint
 from mone.model import ViViT
 from mone.static import kept_patches
 from mone.tubelets import to_patches
-from pipelines.decode import Clip
+from pipelines.decoded import Clip
 from pipelines.guarded import Request, decode_guarded
 from pipelines.manifest import source_of
 from pipelines.patches import view_of

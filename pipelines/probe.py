@@ -14,7 +14,7 @@ from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from pipelines.failure import DecodeFailure
+from pipelines.failure import DecodeFailure, FFmpegFailure
 from pipelines.schema import Status
 from pipelines.storage.address import is_remote
 from pipelines.storage.ranged import RangedFile, fetch
@@ -94,7 +94,7 @@ def open_video(path: str, hwaccel: HWAccel | None = None) -> tuple[InputContaine
         if container.format.name.endswith("_pipe") or container.format.name == "image2":
             raise DecodeFailure(Status.UNSUPPORTED, f"a still picture ({container.format.name}), not a video")
         if stream.codec_context is None:
-            raise DecodeFailure(Status.UNSUPPORTED, "a codec that FFmpeg does not know")
+            raise FFmpegFailure(Status.UNSUPPORTED, "a codec that FFmpeg does not know")
         stream.codec_context.thread_count = 1  # by default one for each core, in each of the workers of a node
         if stream.codec_context.width * stream.codec_context.height > MAX_FRAME_PIXELS:
             size = f"{stream.codec_context.width}x{stream.codec_context.height}"
@@ -121,14 +121,14 @@ def probe(path: str) -> VideoInfo:
         except DecodeFailure:
             raise
         except Exception as error:
-            raise DecodeFailure(Status.DECODE_ERROR, f"no frame can be decoded: {_reason(error)}") from error
+            raise FFmpegFailure(Status.DECODE_ERROR, f"no frame can be decoded: {_reason(error)}") from error
 
 
 def _describe(path: str, container: InputContainer, stream: VideoStream) -> VideoInfo:
     damages: list[Damage] = []
     frame = next(decode_frames(container, stream, damages), None)
     if frame is None and damages:
-        raise DecodeFailure(Status.DECODE_ERROR, f"no frame can be decoded: {damages[0].reason}")
+        raise FFmpegFailure(Status.DECODE_ERROR, f"no frame can be decoded: {damages[0].reason}")
     if frame is None:
         raise DecodeFailure(Status.EMPTY, "no frame can be decoded")
     upright = frame.rotation % 180 == 0

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from mone.clips import MemoryClips
 from pipelines.archive import Video
 from pipelines.child import num_children
-from pipelines.decode import Clip
+from pipelines.decoded import Clip
 from pipelines.manifest import decode_planned, plan_video
 from pipelines.schema import Status
 from pipelines.storage.signatures import Signatures

@@ -19,7 +19,7 @@ from mone.clips import Batch
 from pipelines.archive import Video
 from pipelines.clip_cache import ClipCache, Places
 from pipelines.clip_source import classes_of, clip_bytes, frames_like, name_of, read_ahead
-from pipelines.decode import Clip, Outcome
+from pipelines.decoded import Clip, Outcome
 from pipelines.ingest import DECODE_MEMORY_BYTES, plan_stage
 from pipelines.manifest import decode_planned
 from pipelines.schema import MANIFEST, PlannedClip, Status

@@ -19,7 +19,8 @@ from mone.checkpoint import Checkpoint
 from mone.config import ModelConfig
 from pipelines import nvdec
 from pipelines.annotate import model_stage
-from pipelines.decode import Clip, Source, chain_of, decode_clips
+from pipelines.decode import chain_of, decode_clips
+from pipelines.decoded import Clip, Source
 from pipelines.ingest import CLIPS_TOGETHER, tokenize_stage
 from pipelines.limits import DecoderChoice
 from pipelines.manifest import by_video, source_of

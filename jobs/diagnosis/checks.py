@@ -61,9 +61,11 @@ def check_versions(versions: Mapping[str, Mapping[str, str]]) -> list[Finding]:
 
 
 def check_decoders(facts: Mapping[str, NodeFacts]) -> list[Finding]:
-    """Every decoder decodes a clip on every node."""
+    """Every decoder decodes a clip on every node; one of them, which is optional, had better."""
     findings = [
-        _error("decoders", f"{name} fails on {', '.join(nodes)}: {reason}", "reinstall av and decord2 there")
+        _warning("decoders", f"{name} fails on {', '.join(nodes)}: {reason}", "install FFmpeg's libraries there")
+        if name == "torchcodec"
+        else _error("decoders", f"{name} fails on {', '.join(nodes)}: {reason}", "reinstall av and decord2 there")
         for (name, reason), nodes in _by_reason(
             (node, (name, reason)) for node, found in facts.items() for name, reason in found.decoders.items() if reason
         ).items()

@@ -38,10 +38,13 @@ def examine() -> NodeFacts:
     """Look at the machine that this runs on."""
     import torch
 
+    from pipelines.decode import TORCHCODEC
+    from pipelines.torchcodec_decoder import is_found
+
     count = torch.cuda.device_count()
     return NodeFacts(
         versions=versions(),
-        decoders=_try_decoders(["decord", "pyav"]),
+        decoders=_try_decoders(["decord", "pyav", *([TORCHCODEC] if is_found() else [])]),
         gpus=tuple(torch.cuda.get_device_name(index) for index in range(count)),
         cuda=_reason(lambda: _multiply(count)),
         kernels=_reason(lambda: try_kernels("cuda")) if count else "",
@@ -63,7 +66,8 @@ def _try_decoders(names: list[str]) -> dict[str, str]:
     """Make a clip and decode it with each of some decoders."""
     try:
         from pipelines.archive import Video
-        from pipelines.decode import Clip, decoder_of
+        from pipelines.decode import decoder_of
+        from pipelines.decoded import Clip
         from pipelines.manifest import plan_video, source_of
         from pipelines.synthetic import render, write_clip
         from pipelines.timeline import ClipPlan

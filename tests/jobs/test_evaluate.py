@@ -14,7 +14,8 @@ from jobs.evaluate import Evaluate, wilson_interval
 from mone.compute import clip_compute
 from mone.tubelets import to_patches
 from pipelines.archive import list_labelled
-from pipelines.decode import Clip, decode_clips
+from pipelines.decode import decode_clips
+from pipelines.decoded import Clip
 from pipelines.evaluate import ScoredClip, score_videos
 from pipelines.manifest import plan_video, source_of
 from pipelines.patches import view_of

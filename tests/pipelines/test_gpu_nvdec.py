@@ -15,7 +15,8 @@ import torch
 from mone.config import ModelConfig
 from pipelines import child, nvdec
 from pipelines.archive import Video
-from pipelines.decode import Clip, chain_of, decode_clips
+from pipelines.decode import chain_of, decode_clips
+from pipelines.decoded import Clip
 from pipelines.manifest import plan_video
 from pipelines.schema import MANIFEST
 from pipelines.timeline import ClipPlan

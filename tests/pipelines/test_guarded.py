@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pipelines import guarded
-from pipelines.decode import Clip, Source, decode_clips
+from pipelines.decode import decode_clips
+from pipelines.decoded import Clip, Source
 from pipelines.failure import DecodeFailure
 from pipelines.guarded import Request, decode_guarded, probe_guarded
 from pipelines.limits import Limits
@@ -161,7 +162,7 @@ def filling_probe(path):
 def test_a_probe_that_is_ended_is_a_failure(source, monkeypatch, probe_, status, reason):
     assert probe_guarded(source.path, 1) == probe(source.path)
     with monkeypatch.context() as patched:
-        patched.setattr(guarded, "probe", probe_)
+        patched.setattr(guarded, "probe_by_any", probe_)
         with pytest.raises(DecodeFailure) as caught:
             probe_guarded(source.path, 1, SHORT if status == Status.TIMEOUT else ENOUGH)
     assert (caught.value.status, str(caught.value)) == (status, reason)

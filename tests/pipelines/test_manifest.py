@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines import decode
 from pipelines.archive import Video
-from pipelines.decode import Clip
+from pipelines.decoded import Clip
 from pipelines.manifest import clip_id, decode_planned, plan_video
 from pipelines.probe import decode_frames
 from pipelines.timeline import ClipPlan

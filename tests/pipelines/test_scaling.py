@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.decode import picture
+from pipelines.picture import picture
 from pipelines.probe import open_video
 from pipelines.scaling import Colours, bicubic, scaled_rgb
 from pipelines.view import View

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from pipelines import patience
-from pipelines.decode import Clip, Source, decode_clips
+from pipelines.decode import decode_clips
+from pipelines.decoded import Clip, Source
 from pipelines.failure import DecodeFailure
 from pipelines.probe import file_identity, probe
 from pipelines.schema import Status

@@ -10,7 +10,8 @@ import pytest
 from mone.config import ModelConfig
 from mone.tubelets import to_frames, to_patches
 from pipelines.archive import Video
-from pipelines.decode import Clip, decode_clips
+from pipelines.decode import decode_clips
+from pipelines.decoded import Clip
 from pipelines.manifest import plan_video, source_of
 from pipelines.patches import view_of
 from pipelines.schema import DECODED, MANIFEST, PlannedClip

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.decode import DECODERS, Clip, Source, decode_clips
+from pipelines.decode import DECODERS, decode_clips
+from pipelines.decoded import Clip, Source
 from pipelines.probe import probe
 from pipelines.view import WHOLE_CLIPS, TokenOptions, View
 from tests.media import indexed_frames, read_index, write_video

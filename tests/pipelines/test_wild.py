@@ -11,8 +11,8 @@ import pytest
 from mone.config import ModelConfig
 from mone.tubelets import to_frames
 from pipelines.archive import Video
-from pipelines.decode import picture
 from pipelines.manifest import plan_video
+from pipelines.picture import picture
 from pipelines.probe import decode_frames, first_pts, open_video
 from pipelines.schema import MANIFEST
 from pipelines.timeline import ClipPlan, instants

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from mone.clips import Batch
 from pipelines.archive import Video
-from pipelines.decode import Clip
+from pipelines.decoded import Clip
 from pipelines.manifest import decode_planned, plan_video
 from pipelines.schema import MANIFEST, PlannedClip
 from pipelines.timeline import ClipPlan
