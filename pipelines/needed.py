@@ -17,7 +17,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from pipelines.probe import container_name, first_pts, tick_s
+from pipelines.probe import container_name, first_pts, packets_of, tick_s
 
 # Where packets say when they are shown, and an index says where key frames are.
 _CONTAINERS = frozenset({"mov", "matroska"})
@@ -84,7 +84,7 @@ def _run(container: InputContainer, stream: VideoStream, times_s: np.ndarray) ->
             frame.time_base = stream.time_base
             yield frame
 
-    for packet, is_needed in _marked(container.demux(stream), stream, times_s):
+    for packet, is_needed in _marked(packets_of(container, stream), stream, times_s):
         context.skip_frame = "DEFAULT" if is_needed else "NONREF"
         if is_needed:
             missing.add(packet.pts)

@@ -11,6 +11,7 @@ import av.error
 from av import logging
 from av.codec.hwaccel import HWAccel
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -171,6 +172,16 @@ class Damage(NamedTuple):
     reason: str
 
 
+def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    """Read a stream's packets from where the container stands, and at the end the empty one that flushes its decoder.
+
+    A stream that appears while the file is read makes PyAV 18.1 look for it in a list where it is not, past the last
+    packet of those that were there.
+    """
+    with contextlib.suppress(IndexError):
+        yield from container.demux(stream)
+
+
 def decode_frames(container: InputContainer, stream: VideoStream, damages: list[Damage]) -> Iterator[VideoFrame]:
     """Decode from where the container stands to its end, going on after damaged packets.
 
@@ -185,7 +196,7 @@ def decode_frames(container: InputContainer, stream: VideoStream, damages: list[
     """
     time_s, untimed = 0.0, 0
     try:
-        for packet in container.demux(stream):
+        for packet in packets_of(container, stream):
             time_s = float(packet.pts) * tick_s(stream) if packet.pts is not None else time_s
             try:
                 for frame in packet.decode():
@@ -236,7 +247,7 @@ def _last_end_s(container: InputContainer, stream: VideoStream, from_pts: int) -
     end = 0
     with contextlib.suppress(av.error.FFmpegError):  # the end of what can be read
         container.seek(from_pts, stream=stream)
-        for packet in container.demux(stream):
+        for packet in packets_of(container, stream):
             if packet.pts is not None:
                 end = max(end, packet.pts + (packet.duration or 0) - first_pts(stream))
     return end * tick_s(stream)
@@ -246,7 +257,7 @@ def _untimed_duration_s(path: str) -> float:
     """Length of a raw stream, which states no times and cannot be sought: its packets, at its frame rate."""
     container, stream = open_video(path)
     with container:
-        packets = sum(packet.size > 0 for packet in container.demux(stream))
+        packets = sum(packet.size > 0 for packet in packets_of(container, stream))
         if not packets:
             raise DecodeFailure(Status.EMPTY, "the video stream has no frames")
         return _raw_pts(stream, packets) * tick_s(stream)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from pipelines import probe as probing
 from pipelines.failure import DecodeFailure
-from pipelines.probe import file_identity, probe
+from pipelines.probe import decode_frames, file_identity, open_video, probe
 from pipelines.schema import Status
 from tests.media import indexed_frames, write_audio, write_video
 
@@ -81,6 +81,19 @@ def test_a_whole_m2ts_is_not_partial(tmp_path):
     path = write_video(tmp_path / "a.m2ts", indexed_frames(30), codec="mpeg2video", fps=25)
     assert path.stat().st_size % 192 == 0
     assert probe(str(path)).note == ""
+
+
+def test_a_stream_that_appears_late_takes_nothing_with_it(tmp_path):
+    path = write_video(tmp_path / "a.flv", indexed_frames(300), codec="libx264")
+    sound = bytes([0x2E]) + bytes(200)
+    size, time_ms = len(sound).to_bytes(3, "big"), (29_900).to_bytes(3, "big")
+    tag = bytes([8]) + size + time_ms + bytes(4) + sound  # FLV's tag of a sound, and what it should end with
+    path.write_bytes(path.read_bytes() + tag + len(tag).to_bytes(4, "big"))
+    assert probe(str(path)).duration_s == pytest.approx(30)
+    container, stream = open_video(str(path))
+    with container:
+        assert len(container.streams) == 1
+        assert len(list(decode_frames(container, stream, damages := []))) == 300 and not damages
 
 
 def test_a_raw_stream_has_frames(tmp_path):
