@@ -23,7 +23,7 @@ from av.video.frame import VideoFrame
 
 from pipelines.decoded import DecoderUnfit, Outcome, Source, clip_of, nothing_there, short_note
 from pipelines.failure import DecodeFailure, FFmpegFailure
-from pipelines.picture import picture
+from pipelines.picture import Scaler, picture
 from pipelines.probe import MAX_FRAME_PIXELS, VideoInfo, container_name, probe
 from pipelines.schema import Status
 from pipelines.storage.address import is_remote
@@ -179,7 +179,7 @@ def _pictures(decoder: Any, asked_s: np.ndarray, view: View) -> Iterator[np.ndar
     """For each time, ascending, the picture on display or why there is none; frames that are one are one array."""
     frame_bytes = max(1, (decoder.metadata.width or 0) * (decoder.metadata.height or 0) * 3)
     step = max(1, _BATCH_BYTES // frame_bytes)
-    shown_s, shown = None, np.empty(0)
+    scaler, shown_s, shown = Scaler(), None, np.empty(0)
     for at in range(0, len(asked_s), step):
         for found in _frames(decoder, asked_s[at : at + step].tolist()):
             if isinstance(found, str):
@@ -187,7 +187,7 @@ def _pictures(decoder: Any, asked_s: np.ndarray, view: View) -> Iterator[np.ndar
                 continue
             pts_s, frame_HWC = found
             if pts_s != shown_s:
-                shown_s, shown = pts_s, picture(VideoFrame.from_ndarray(frame_HWC, format="rgb24"), view)
+                shown_s, shown = pts_s, picture(VideoFrame.from_ndarray(frame_HWC, format="rgb24"), view, scaler)
             yield shown
 
 

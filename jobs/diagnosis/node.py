@@ -38,13 +38,13 @@ def examine() -> NodeFacts:
     """Look at the machine that this runs on."""
     import torch
 
-    from pipelines.decode import TORCHCODEC
-    from pipelines.torchcodec_decoder import is_found
+    from pipelines import torchcodec_decoder
 
+    optional = [torchcodec_decoder.NAME] if torchcodec_decoder.is_found() else []
     count = torch.cuda.device_count()
     return NodeFacts(
         versions=versions(),
-        decoders=_try_decoders(["decord", "pyav", *([TORCHCODEC] if is_found() else [])]),
+        decoders=_try_decoders(["decord", "pyav", *optional]),
         gpus=tuple(torch.cuda.get_device_name(index) for index in range(count)),
         cuda=_reason(lambda: _multiply(count)),
         kernels=_reason(lambda: try_kernels("cuda")) if count else "",

@@ -93,11 +93,12 @@ _WIDE = Tiling(128, 256, 64, 8, 4, 1, True)
 _FLAT = Tiling(64, 128, 64, 4, 4, 2)
 _NARROW = ((128, Tiling(128, 64, 64, 8, 3)), (192, Tiling(128, 64, 64, 8, 2)))
 _NARROW_8 = ((192, Tiling(128, 128, 64, 8, 3)),)
+_ALL_FINE = Tilings(_FINE, _FINE, _FINE, _FINE, _NARROW)
 _HOPPER = _Card(
     dense=Tilings(_WIDE, _WIDE, _WIDE, _WIDE._replace(stages=3), _NARROW),
     nested=Tilings(_FINE, _FINE, _FINE, _WIDE, _NARROW),
-    narrow=Tilings(_FINE, _FINE, _FINE, _FINE, _NARROW),
-    few_dense=Tilings(_FINE, _FINE, _FINE, _FINE, _NARROW),
+    narrow=_ALL_FINE,
+    few_dense=_ALL_FINE,
     few=Tilings(_FINE, _FLAT, _FLAT, _FLAT, _NARROW),
 )
 _DENSE_8 = Tilings(_FINE, _FINE, _FINE, _WIDE, _NARROW)
