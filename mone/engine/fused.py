@@ -135,11 +135,11 @@ def _block(
     attend_rows(buffers.qkv_RX, buffers.mixed_RD, places, attention.num_heads, attending=tilings.attention)
     _project_out(attention.out, buffers.mixed_RD, buffers.head_RD, runs, tilings.out)
     _norm(block.norm_mlp, buffers, runs)
-    activation = form_of(mlp.activation.approximate, dtype)
+    activation, processors = form_of(mlp.activation.approximate, dtype), num_processors(buffers.head_RD.device)
     wide = ()
     for run in runs:
-        tiling = tilings.narrow_of(run.width, hidden)
-        if tiling is None or not _fills(run, tiling, buffers.head_RD.device):
+        tiling = tilings.narrow_of(run.width, hidden, run.stop - run.start, processors)
+        if tiling is None:
             wide += (run,)
             continue
         up, down = factor(mlp.up.weight, dtype), factor(mlp.down.weight, dtype)
@@ -151,11 +151,6 @@ def _block(
     if wide:
         _project(mlp.up, buffers.normal_RD, buffers.hidden_RH, wide, tilings.up, range(hidden), activation)
         _project_out(mlp.down, buffers.hidden_RH, buffers.head_RD, wide, tilings.down, gain_R)
-
-
-def _fills(run: Run, tiling: Tiling, device: torch.device) -> bool:
-    """Whether one program for a tile of rows keeps the device busy; each goes through the whole hidden layer."""
-    return 2 * (run.stop - run.start) >= num_processors(device) * tiling.rows
 
 
 def _class_tokens(

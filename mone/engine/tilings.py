@@ -6,6 +6,7 @@ Another tiling sums in another order, so a process never changes its mind.
 
 import functools
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -30,6 +31,11 @@ class Tiling(NamedTuple):
     programs: int = 1
     halves: bool = False
 
+    def share_busy(self, num_rows: int, processors: int) -> float:
+        """How full the rounds are in which a card takes one program for each tile of rows."""
+        tiles, places = math.ceil(num_rows / self.rows), processors * self.programs
+        return tiles / (math.ceil(tiles / places) * places)
+
 
 class Attending(NamedTuple):
     """How attention is cut: queries and keys of a block, warps and stages of loads in flight of a program.
@@ -49,7 +55,8 @@ class Tilings(NamedTuple):
 
     Attributes:
         qkv, out, up, down: The products.
-        narrow: For MLPs in one launch, (largest width, tiling) by width; wider experts take two launches.
+        narrow: For MLPs in one launch, (largest width, tiling) by width, with a choice of tilings for some; wider
+            experts take two launches.
         attention: Attention.
     """
 
@@ -60,12 +67,19 @@ class Tilings(NamedTuple):
     narrow: tuple[tuple[int, Tiling], ...] = ()
     attention: Attending = Attending()
 
-    def narrow_of(self, width: int, num_hidden: int) -> Tiling | None:
-        """The tiling of an expert whose MLP is one launch."""
-        for widest, tiling in self.narrow:
-            if width <= widest and num_hidden % tiling.columns == 0:
-                return tiling
-        return None
+    def narrow_of(self, width: int, num_hidden: int, num_rows: int, processors: int) -> Tiling | None:
+        """The tiling of an expert whose MLP is one launch: of those for its width the one that keeps a card busiest.
+
+        None where the expert is too wide, or where its rows leave most processors idle, as each program
+        goes through the whole hidden layer.
+        """
+        fitting = [
+            (widest, tiling) for widest, tiling in self.narrow if width <= widest and num_hidden % tiling.columns == 0
+        ]
+        closest = [tiling for widest, tiling in fitting if widest == fitting[0][0]]
+        if not closest or 2 * num_rows < processors * max(tiling.rows for tiling in closest):
+            return None
+        return max(closest, key=lambda tiling: tiling.share_busy(num_rows, processors))
 
 
 def _deeper(tilings: Tilings) -> Tilings:
@@ -91,8 +105,17 @@ class _Card(NamedTuple):
 _FINE = Tiling(128, 128, 64, 4, 3, 2, True)
 _WIDE = Tiling(128, 256, 64, 8, 4, 1, True)
 _FLAT = Tiling(64, 128, 64, 4, 4, 2)
-_NARROW = ((128, Tiling(128, 64, 64, 8, 3)), (192, Tiling(128, 64, 64, 8, 2)))
-_NARROW_8 = ((192, Tiling(128, 128, 64, 8, 3)),)
+_NARROW = (
+    *[
+        (128, tiling)
+        for tiling in (Tiling(128, 64, 64, 8, 3, 2), Tiling(64, 64, 64, 4, 2, 3), Tiling(128, 128, 64, 8, 3))
+    ],
+    (192, Tiling(128, 64, 64, 8, 2)),
+)
+_NARROW_8 = (
+    *[(128, tiling) for tiling in (Tiling(64, 64, 64, 4, 2, 4), Tiling(128, 128, 64, 8, 2))],
+    (192, Tiling(128, 128, 64, 8, 3)),
+)
 _ALL_FINE = Tilings(_FINE, _FINE, _FINE, _FINE, _NARROW)
 _HOPPER = _Card(
     dense=Tilings(_WIDE, _WIDE, _WIDE, _WIDE._replace(stages=3), _NARROW),

@@ -61,7 +61,20 @@ def test_a_damaged_file_is_named():
 
 
 def test_narrow_experts_are_those_that_a_tiling_is_for():
-    assert ODD.narrow_of(96, 512) == Tiling(64, 64)
-    assert ODD.narrow_of(97, 512) is None
-    assert ODD.narrow_of(48, 96) is None  # hidden features are no multiple of its columns
+    assert ODD.narrow_of(96, 512, 1000, 2) == Tiling(64, 64)
+    assert ODD.narrow_of(97, 512, 1000, 2) is None
+    assert ODD.narrow_of(48, 96, 1000, 2) is None  # hidden features are no multiple of its columns
+    assert ODD.narrow_of(48, 512, 1000, 32) is None  # 16 tiles of rows for 32 processors
+
+
+def test_of_several_tilings_the_one_whose_rounds_are_full_is_taken():
+    shared, thin, whole = Tiling(128, 64, programs=2), Tiling(64, 64, programs=3), Tiling(128, 128)
+    tilings = ODD._replace(narrow=((128, shared), (128, thin), (128, whole), (192, Tiling(64, 64))))
+    taken = [tilings.narrow_of(96, 512, rows, 132) for rows in (30720, 21504, 16128)]
+    assert taken == [shared, thin, whole]
+    assert shared.share_busy(128 * 132 * 2, 132) == 1
+    assert shared.share_busy(128 * 132, 132) == 0.5
+
+
+def test_the_mean_width_is_that_of_all_rows():
     assert mean_share(RUNS, 768) == pytest.approx((4 * 96 + 2 * 192 + 384 + 768) / 8 / 768)
