@@ -6,14 +6,13 @@ C classes.
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from mone.blocks import last_kept
 from mone.config import ModelConfig
 from mone.encoder import FrameAverage, NestedEncoder, TemporalEncoder
 from mone.engine.support import compute_dtype
 from mone.merging import MergingEncoder
+from mone.pixels import to_float
 from mone.routing import MotionRouter, RoutingPlan
 
 
@@ -99,26 +98,6 @@ class ViViT(nn.Module):
         first, every = config.num_tokens, config.num_indices * config.num_tokens
         if not first <= shape[1] <= every:
             raise ValueError(f"{shape[1]} patches are kept, not from {first} (a whole first frame) to {every}")
-
-
-def to_float(patches_BKP: Tensor, config: ModelConfig, dtype: torch.dtype, kept_BK: Tensor | None = None) -> Tensor:
-    """uint8 patches as the model sees them; pixels stay uint8 until they are on the device, and are rounded once.
-
-    Each step takes the numbers as they are, since pixels in float32 would be four times as much to move.
-    """
-    if config.pixels == "scaled":
-        # As odd halves up to 255 / 2, differences are exact in half precision too.
-        middle = torch.full((), 127.5, dtype=dtype, device=patches_BKP.device)
-        return patches_BKP.sub(middle).div_(127.5)
-    # The mean of each frame, in which a dropped patch counts as what stands for it.
-    mean_BFN = patches_BKP.mean(dim=-1, dtype=torch.promote_types(dtype, torch.float32))
-    if kept_BK is not None:
-        mean_BFN = mean_BFN.gather(1, last_kept(kept_BK, config.num_indices, config.num_tokens).flatten(1))
-    mean_BF = mean_BFN.unflatten(1, (config.num_indices, config.num_tokens)).mean(dim=-1)
-    mean_BK = mean_BF.repeat_interleave(config.num_tokens, dim=1)
-    if kept_BK is not None:
-        mean_BK = mean_BK.gather(1, kept_BK)
-    return patches_BKP.sub(mean_BK.unsqueeze(-1)).to(dtype).div_(64.0)
 
 
 def initialise(model: ViViT) -> None:

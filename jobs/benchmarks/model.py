@@ -25,7 +25,8 @@ from mone.compute import clip_compute
 from mone.config import ModelConfig, preset
 from mone.engine.graphs import Replayed
 from mone.engine.support import check_engine
-from mone.model import Prediction, ViViT, to_float
+from mone.model import Prediction, ViViT
+from mone.pixels import to_float
 from mone.static import kept_patches
 
 RowEngine = Literal["auto", "triton", "layout", "reference", "compiled", "replayed", "fp8"]

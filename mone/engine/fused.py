@@ -168,13 +168,10 @@ def _class_tokens(
     _norm(block.norm_attention, buffers, runs)
     _project(attention.qkv, buffers.normal_RD, qkv_RX, runs, tilings.qkv, range(dim, 3 * dim))
     weight_OD, bias_O = cast_weight(attention.qkv.weight, dtype), cast_weight(attention.qkv.bias, dtype)
-    own_XD = buffers.normal_RD[:, :dim].index_select(0, rows).to(dtype)
+    own_XD = buffers.normal_RD[rows, :dim].to(dtype)
     qkv_RX[:, :dim].index_copy_(0, rows, F.linear(own_XD, weight_OD[:dim], bias_O[:dim]))
     attend_rows(qkv_RX, buffers.mixed_RD, places, attention.num_heads, first_query=places.read_GM.shape[1] - 1)
-    head_SCD, mixed_SCD = (
-        t.index_select(0, rows).unflatten(0, rows_SC.shape) for t in (buffers.head_RD, buffers.mixed_RD)
-    )
-    return finish(block, head_SCD, mixed_SCD.to(dtype), gain_SC1)
+    return finish(block, buffers.head_RD[rows_SC], buffers.mixed_RD[rows_SC].to(dtype), gain_SC1)
 
 
 def _norm(norm: nn.LayerNorm, buffers: _Buffers, runs: tuple[Run, ...]) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from mone.model import to_float
+from mone.pixels import to_float
 from tests.mone.conftest import JOINT, VARIANTS, keep, small_config, small_model, some_inputs, some_patches, variant
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}

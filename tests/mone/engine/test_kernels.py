@@ -16,6 +16,7 @@ from mone.engine.kernels.gelu import FORMS, form_of
 from mone.engine.kernels.gemm import grouped_gemm, scheduled
 from mone.engine.kernels.narrow_mlp import narrow_mlp, parts_of
 from mone.engine.kernels.norm import norm_rows
+from mone.engine.kernels.pixels import shift_and_scale
 from mone.engine.kernels.route import place_and_score, prefer
 from mone.engine.rows import ALIGNMENT, Places, num_rows, row_of_token, runs_of, tiles_of
 from mone.engine.tilings import Attending, Tiling
@@ -264,3 +265,13 @@ def test_tokens_are_placed_and_scored(batched, dtypes):
     placed, logits = place_and_score(x, positions, weight, bias)
     assert torch.equal(placed, x + positions)
     torch.testing.assert_close(logits, F.linear((x + positions).float(), weight, bias), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("each", [False, True], ids=["one mean", "a mean for each patch"])
+def test_pixels_are_shifted_and_scaled(each, dtype):
+    patches = torch.randint(256, (3, 50, 48), dtype=torch.uint8, device=DEVICE)
+    mean = 255 * torch.rand(3, 50, device=DEVICE) if each else 127.5
+    actual = shift_and_scale(patches[:, 1:], mean[:, 1:] if each else mean, 64.0, dtype)  # not contiguous
+    shifted = patches.float() - (mean.unsqueeze(-1) if each else mean)
+    assert_near(actual, (shifted / 64)[:, 1:], dtype)
