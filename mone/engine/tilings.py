@@ -91,7 +91,7 @@ def _deeper(tilings: Tilings) -> Tilings:
 class _Card(NamedTuple):
     """Tilings for dense tokens, for nested ones of about 0.4 of the width or more, for narrower ones.
 
-    And for a clip or two, which leave a card half empty: dense and nested.
+    And for a clip or two, which leave a card half empty, dense and nested; and for the vectors of a temporal encoder.
     """
 
     dense: Tilings
@@ -99,6 +99,7 @@ class _Card(NamedTuple):
     narrow: Tilings
     few_dense: Tilings
     few: Tilings
+    fewest: Tilings
 
 
 # Measured on an H100. Two programs share a processor, so that one finishes a tile while the other multiplies.
@@ -117,16 +118,19 @@ _NARROW_8 = (
     (192, Tiling(128, 128, 64, 8, 3)),
 )
 _ALL_FINE = Tilings(_FINE, _FINE, _FINE, _FINE, _NARROW)
+_ONLINE = Attending(64, 64, 4, 2, whole=False)
+# Weights are read once, by as many programs and as far ahead as possible.
+_THIN, _THINNEST = Tiling(64, 128, 128, 4, 4), Tiling(64, 32, 128, 4, 4)
 _HOPPER = _Card(
     dense=Tilings(_WIDE, _WIDE, _WIDE, _WIDE._replace(stages=3), _NARROW),
     nested=Tilings(_FINE, _FINE, _FINE, _WIDE, _NARROW),
     narrow=_ALL_FINE,
-    few_dense=_ALL_FINE,
-    few=Tilings(_FINE, _FLAT, _FLAT, _FLAT, _NARROW),
+    few_dense=_ALL_FINE._replace(attention=_ONLINE),
+    few=Tilings(_FINE, _FLAT, _FLAT, _FLAT, _NARROW, _ONLINE),
+    fewest=Tilings(_THIN, _THINNEST, _THIN, _THINNEST),
 )
 _DENSE_8 = Tilings(_FINE, _FINE, _FINE, _WIDE, _NARROW)
 _HOPPER_8 = _Card(*(_deeper(tilings)._replace(narrow=_NARROW_8) for tilings in _HOPPER._replace(dense=_DENSE_8)))
-_ONLINE = Attending(64, 64, 4, 2, whole=False)
 # Never measured: what fits. A100 has 163 KB of shared memory for a program, L4 and other cards of its kind 99 KB.
 _LARGE = Tiling(128, 128, 64, 8, 3)
 _A100 = Tilings(*[_LARGE] * 4, narrow=((128, Tiling(128, 64, 64, 8, 2)),), attention=_ONLINE)
@@ -135,7 +139,7 @@ _L4 = Tilings(*[_SMALL] * 4, narrow=((64, Tiling(64, 64, 64, 4, 2)),), attention
 _L4_8 = _deeper(_L4)
 # Of the full width: from which on tokens are as good as dense, and from which on wide tiles fill the card.
 _DENSE_SHARE, _NESTED_SHARE = 0.75, 0.38
-_FEW_ROWS = 8192
+_FEW_ROWS, _FEWEST_ROWS = 8192, 512
 
 
 def tilings_for(device: torch.device, runs: tuple[Run, ...], dim: int, *, eight_bits: bool = False) -> Tilings:
@@ -157,6 +161,8 @@ def default_tilings(capability: tuple[int, int], share: float, num_rows: int, *,
     """
     if capability >= (9, 0):
         card = _HOPPER_8 if eight_bits else _HOPPER
+        if num_rows <= _FEWEST_ROWS:
+            return card.fewest
         few = num_rows < _FEW_ROWS
         if share >= _DENSE_SHARE:
             return card.few_dense if few else card.dense
