@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mone.blocks import Block, Neighbours
+from mone.blocks import MLP, Block, Neighbours
 from mone.engine.blocks import finish
 from mone.engine.casts import EIGHT_BITS, factor
 from mone.engine.casts import cast as cast_weight
@@ -32,6 +32,7 @@ from mone.engine.kernels.narrow_mlp import narrow_mlp
 from mone.engine.kernels.norm import SMALLEST_BLOCK, norm_rows
 from mone.engine.layout import from_layout
 from mone.engine.rows import Places, Run, num_rows, places_of, row_of_token, runs_of, tiles_of
+from mone.engine.streams import fork, join
 from mone.engine.support import compute_dtype
 from mone.engine.tilings import Tiling, Tilings, tilings_for
 from mone.engine.tokens import Tokens
@@ -129,28 +130,34 @@ def _block(
 ) -> None:
     """`Block.forward`, in the buffers."""
     attention, mlp, dim = block.attention, block.mlp, buffers.head_RD.shape[1]
-    hidden, dtype = mlp.up.out_features, buffers.normal_RD.dtype
     _norm(block.norm_attention, buffers, runs)
     _project(attention.qkv, buffers.normal_RD, buffers.qkv_RX, runs, tilings.qkv, range(3 * dim))
     attend_rows(buffers.qkv_RX, buffers.mixed_RD, places, attention.num_heads, attending=tilings.attention)
     _project_out(attention.out, buffers.mixed_RD, buffers.head_RD, runs, tilings.out)
     _norm(block.norm_mlp, buffers, runs)
-    activation, processors = form_of(mlp.activation.approximate, dtype), num_processors(buffers.head_RD.device)
-    wide = ()
-    for run in runs:
-        tiling = tilings.narrow_of(run.width, hidden, run.stop - run.start, processors)
-        if tiling is None:
-            wide += (run,)
-            continue
-        up, down = factor(mlp.up.weight, dtype), factor(mlp.down.weight, dtype)
-        narrow_mlp(
-            *(buffers.normal_RD, up, mlp.up.bias, down, mlp.down.bias, buffers.head_RD, run, gain_R),
-            tiling=tiling,
-            activation=activation,
-        )
+    _mlps(mlp, buffers, runs, gain_R, tilings)
+
+
+def _mlps(mlp: MLP, buffers: _Buffers, runs: tuple[Run, ...], gain_R: Tensor, tilings: Tilings) -> None:
+    """The MLPs of all experts: narrow ones in one launch each, beside the two launches of the wide ones."""
+    hidden, dtype, device = mlp.up.out_features, buffers.normal_RD.dtype, buffers.head_RD.device
+    activation, processors = form_of(mlp.activation.approximate, dtype), num_processors(device)
+    up, down = factor(mlp.up.weight, dtype), factor(mlp.down.weight, dtype)
+    chosen = {run: tilings.narrow_of(run.width, hidden, run.stop - run.start, processors) for run in runs}
+    wide = tuple(run for run, tiling in chosen.items() if tiling is None)
+    beside = fork(device) if 0 < len(wide) < len(runs) else None
+    with torch.cuda.stream(beside):
+        for run, tiling in reversed(chosen.items()):
+            if tiling is not None:
+                narrow_mlp(
+                    *(buffers.normal_RD, up, mlp.up.bias, down, mlp.down.bias, buffers.head_RD, run, gain_R),
+                    tiling=tiling,
+                    activation=activation,
+                )
     if wide:
         _project(mlp.up, buffers.normal_RD, buffers.hidden_RH, wide, tilings.up, range(hidden), activation)
         _project_out(mlp.down, buffers.hidden_RH, buffers.head_RD, wide, tilings.down, gain_R)
+    join(beside)
 
 
 def _class_tokens(
