@@ -11,7 +11,7 @@ def _second(device: torch.device) -> torch.cuda.Stream:
 
 
 def fork(device: torch.device) -> torch.cuda.Stream | None:
-    """The second stream, which begins where the current one is; None, which `torch.cuda.stream` ignores, off the GPU."""
+    """The second stream, which begins where the current one is; off the GPU None, which `torch.cuda.stream` ignores."""
     if device.type != "cuda":
         return None
     second = _second(device)
