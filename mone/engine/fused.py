@@ -2,7 +2,8 @@
 
 Tokens of all sequences are rows of one matrix, sorted by expert (`mone.engine.rows`). A block is seven launches:
 LayerNorm, projection to queries, keys and values, attention, projection out onto the residual stream, LayerNorm, and
-the two of the MLP. Each works on the rows of all experts.
+the two of the MLP. Each works on the rows of several experts: of all where few are narrow, else of the wide ones on one
+stream and of the narrow ones on another. For attention the two meet.
 
 The residual stream is in half precision, under autocast too, where the reference keeps it in float32: LayerNorm and the
 products that end on it move half as much.
@@ -32,7 +33,7 @@ from mone.engine.kernels.narrow_mlp import narrow_mlp
 from mone.engine.kernels.norm import SMALLEST_BLOCK, norm_rows
 from mone.engine.layout import from_layout
 from mone.engine.rows import Places, Run, num_rows, places_of, row_of_token, runs_of, tiles_of
-from mone.engine.streams import fork, join
+from mone.engine.streams import fork, join, second_stream
 from mone.engine.support import compute_dtype
 from mone.engine.tilings import Tiling, Tilings, tilings_for
 from mone.engine.tokens import Tokens
@@ -56,6 +57,27 @@ class _Buffers(NamedTuple):
     qkv_RX: Tensor
     mixed_RD: Tensor
     hidden_RH: Tensor
+
+
+class _Lanes(NamedTuple):
+    """Experts whose MLP takes two launches, and narrow ones, whose takes one, each on a stream of their own.
+
+    Kernels of one lane fill what those of the other leave idle.
+
+    Attributes:
+        wide: On the current stream.
+        narrow: With the tiling of each MLP, the widest first.
+        second: The stream of the narrow ones; None: there is one lane.
+    """
+
+    wide: tuple[Run, ...]
+    narrow: dict[Run, Tiling]
+    second: torch.cuda.Stream | None
+
+    def each(self) -> list[tuple[torch.cuda.Stream | None, tuple[Run, ...]]]:
+        """Stream and runs of each lane; no stream is the current one."""
+        lanes = [(self.second, tuple(self.narrow)), (None, self.wide)]
+        return [(stream, runs) for stream, runs in lanes if runs]
 
 
 def fits_kernels(blocks: nn.ModuleList, x_SKD: Tensor) -> bool:
@@ -86,15 +108,17 @@ def run_on_rows(
     buffers = _enter(blocks, tokens, runs, row_SN, eight_bits=eight_bits)
     gain_LR = gain_LSN1.new_zeros((len(blocks), num_rows(runs)), dtype=torch.float32)
     gain_LR.index_copy_(1, row_SN.flatten(), gain_LSN1.flatten(1).float())
-    places = places_of(row_SN, neighbours)
-    *others, last = [cast(Block, block) for block in blocks]
-    for block, gain_R in zip(others, gain_LR, strict=False):
-        _block(block, buffers, runs, places, gain_R, tilings)
+    places, lanes = places_of(row_SN, neighbours), _lanes(runs, buffers.hidden_RH.shape[1], tilings, device)
+    all_blocks = [cast(Block, block) for block in blocks]
+    _make_factors(all_blocks, buffers.normal_RD.dtype)
+    fork(lanes.second)
+    for block, gain_R in zip(all_blocks[:-1] if num_class_tokens else all_blocks, gain_LR, strict=False):
+        _block(block, buffers, lanes, places, gain_R, tilings)
+    join(lanes.second)
     if num_class_tokens:
         rows_SC = row_SN[:, -num_class_tokens:]
         gain_SC1 = gain_LSN1[-1, :, -num_class_tokens:]
-        return _class_tokens(last, buffers, runs, places, gain_SC1, rows_SC, tilings).to(wanted)
-    _block(last, buffers, runs, places, gain_LR[-1], tilings)
+        return _class_tokens(all_blocks[-1], buffers, runs, places, gain_SC1, rows_SC, tilings).to(wanted)
     heads = [
         buffers.head_RD[run.start : run.stop, : run.width].unflatten(0, (num_sequences, run.count)).to(wanted)
         for run in runs
@@ -125,39 +149,60 @@ def _enter(
     return buffers
 
 
-def _block(
-    block: Block, buffers: _Buffers, runs: tuple[Run, ...], places: Places, gain_R: Tensor, tilings: Tilings
-) -> None:
-    """`Block.forward`, in the buffers."""
-    attention, mlp, dim = block.attention, block.mlp, buffers.head_RD.shape[1]
-    _norm(block.norm_attention, buffers, runs)
-    _project(attention.qkv, buffers.normal_RD, buffers.qkv_RX, runs, tilings.qkv, range(3 * dim))
+def _lanes(runs: tuple[Run, ...], hidden: int, tilings: Tilings, device: torch.device) -> _Lanes:
+    chosen = [(run, tilings.narrow_of(run.width, hidden, run.stop - run.start, num_processors(device))) for run in runs]
+    narrow = {run: tiling for run, tiling in reversed(chosen) if tiling is not None}
+    wide = tuple(run for run, tiling in chosen if tiling is None)
+    return _Lanes(wide, narrow, second_stream(device) if wide and narrow else None)
+
+
+def _make_factors(blocks: list[Block], dtype: torch.dtype) -> None:
+    """Whichever lane would make one, the other might read it too soon."""
+    for block in blocks:
+        for linear in (block.attention.qkv, block.attention.out, block.mlp.up, block.mlp.down):
+            factor(linear.weight, dtype)
+
+
+def _block(block: Block, buffers: _Buffers, lanes: _Lanes, places: Places, gain_R: Tensor, tilings: Tilings) -> None:
+    """`Block.forward`, in the buffers. The lanes meet for attention alone."""
+    attention, dim = block.attention, buffers.head_RD.shape[1]
+    for stream, runs in lanes.each():
+        with torch.cuda.stream(stream):
+            _norm(block.norm_attention, buffers, runs)
+            _project(attention.qkv, buffers.normal_RD, buffers.qkv_RX, runs, tilings.qkv, range(3 * dim))
+    join(lanes.second)
     attend_rows(buffers.qkv_RX, buffers.mixed_RD, places, attention.num_heads, attending=tilings.attention)
-    _project_out(attention.out, buffers.mixed_RD, buffers.head_RD, runs, tilings.out)
-    _norm(block.norm_mlp, buffers, runs)
-    _mlps(mlp, buffers, runs, gain_R, tilings)
+    fork(lanes.second)
+    for stream, runs in lanes.each():
+        with torch.cuda.stream(stream):
+            _project_out(attention.out, buffers.mixed_RD, buffers.head_RD, runs, tilings.out)
+            _norm(block.norm_mlp, buffers, runs)
+            _mlp(block.mlp, buffers, runs, lanes.narrow, gain_R, tilings)
 
 
-def _mlps(mlp: MLP, buffers: _Buffers, runs: tuple[Run, ...], gain_R: Tensor, tilings: Tilings) -> None:
-    """The MLPs of all experts: narrow ones in one launch each, beside the two launches of the wide ones."""
-    hidden, dtype, device = mlp.up.out_features, buffers.normal_RD.dtype, buffers.head_RD.device
-    activation, processors = form_of(mlp.activation.approximate, dtype), num_processors(device)
+def _mlp(
+    mlp: MLP,
+    buffers: _Buffers,
+    runs: tuple[Run, ...],
+    narrow: dict[Run, Tiling],
+    gain_R: Tensor,
+    tilings: Tilings,
+) -> None:
+    """One launch for each narrow expert, or two for all wide ones."""
+    dtype = buffers.normal_RD.dtype
+    activation = form_of(mlp.activation.approximate, dtype)
+    if runs[0] not in narrow:
+        columns = range(mlp.up.out_features)
+        _project(mlp.up, buffers.normal_RD, buffers.hidden_RH, runs, tilings.up, columns, activation)
+        _project_out(mlp.down, buffers.hidden_RH, buffers.head_RD, runs, tilings.down, gain_R)
+        return
     up, down = factor(mlp.up.weight, dtype), factor(mlp.down.weight, dtype)
-    chosen = {run: tilings.narrow_of(run.width, hidden, run.stop - run.start, processors) for run in runs}
-    wide = tuple(run for run, tiling in chosen.items() if tiling is None)
-    beside = fork(device) if 0 < len(wide) < len(runs) else None
-    with torch.cuda.stream(beside):
-        for run, tiling in reversed(chosen.items()):
-            if tiling is not None:
-                narrow_mlp(
-                    *(buffers.normal_RD, up, mlp.up.bias, down, mlp.down.bias, buffers.head_RD, run, gain_R),
-                    tiling=tiling,
-                    activation=activation,
-                )
-    if wide:
-        _project(mlp.up, buffers.normal_RD, buffers.hidden_RH, wide, tilings.up, range(hidden), activation)
-        _project_out(mlp.down, buffers.hidden_RH, buffers.head_RD, wide, tilings.down, gain_R)
-    join(beside)
+    for run in runs:
+        narrow_mlp(
+            *(buffers.normal_RD, up, mlp.up.bias, down, mlp.down.bias, buffers.head_RD, run, gain_R),
+            tiling=narrow[run],
+            activation=activation,
+        )
 
 
 def _class_tokens(

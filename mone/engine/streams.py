@@ -6,17 +6,15 @@ import torch
 
 
 @functools.cache
-def _second(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def second_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The one of this process; None, which `torch.cuda.stream` ignores, off the GPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-def fork(device: torch.device) -> torch.cuda.Stream | None:
-    """The second stream, which begins where the current one is; off the GPU None, which `torch.cuda.stream` ignores."""
-    if device.type != "cuda":
-        return None
-    second = _second(device)
-    second.wait_stream(torch.cuda.current_stream(device))
-    return second
+def fork(second: torch.cuda.Stream | None) -> None:
+    """Let the second stream go on from where the current one is."""
+    if second is not None:
+        second.wait_stream(torch.cuda.current_stream(second.device))
 
 
 def join(second: torch.cuda.Stream | None) -> None:
