@@ -139,6 +139,7 @@ class _Child(Channel):
             pass_fds=descriptors,
             env=os.environ
             | _ONE_THREAD
+            | _KEEPS_MEMORY
             | {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -209,6 +210,8 @@ class _Child(Channel):
 
 # A child decodes on one thread, so that so many of them use so many cores.
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+# It keeps memory for its next call: pages that are new cost more than all copies of what is in them.
+_KEEPS_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
 
 
 def _end(process: subprocess.Popen[bytes], connection: socket.socket, lifeline: int) -> None:
