@@ -23,7 +23,7 @@ class Scaler:
         size = {"width": width_px, "height": height_px}
         bgr = self._to_bgr.reformat(frame, **size, format="bgr24", interpolation="BICUBIC", threads=1)
         (plane,) = self._to_rgb.reformat(bgr, format="rgb24", threads=1).planes
-        lines_HL = np.frombuffer(plane, np.uint8).reshape(height_px, plane.line_size)
+        lines_HL = np.frombuffer(memoryview(plane), np.uint8).reshape(height_px, plane.line_size)
         return lines_HL[:, : 3 * width_px].reshape(height_px, width_px, 3)
 
 
