@@ -26,6 +26,14 @@ from pipelines import waiting
 from pipelines.channel import Channel, shared_memory
 from pipelines.schema import Status
 
+# Of a process that decodes. One thread, so that so many of them use so many cores. It keeps memory for its next call:
+# pages that are new cost more than all copies of what is in them.
+ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+}
 # Imported by a child before its first call, so that no call pays for it.
 _PRELOADED = ["pipelines.patches"]
 _START_TIMEOUT_S = 120.0
@@ -138,7 +146,7 @@ class _Child(Channel):
             [sys.executable, "-c", f"from pipelines.child import _serve; _serve(*{descriptors}, {_PRELOADED})"],
             pass_fds=descriptors,
             env=os.environ
-            | _ONE_THREAD
+            | ENVIRONMENT
             | {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -205,10 +213,6 @@ class _Child(Channel):
                 raise Killed(Status.UNSUPPORTED, f"ended: it took more than {limit}")
             if time.monotonic() > self._deadline_s:
                 raise Killed(Status.TIMEOUT, f"ended: no answer after {self._task.timeout_s:.3g} s")
-
-
-# A child decodes on one thread, so that so many of them use so many cores.
-_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
 def _end(process: subprocess.Popen[bytes], connection: socket.socket, lifeline: int) -> None:

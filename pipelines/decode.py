@@ -287,9 +287,10 @@ def _decode_av(
     if passed.damages and name == NVDEC:  # which says nothing of damages inside a frame
         raise DecoderUnfit("what is damaged is left to CPUs")
     pictures = dict(zip(order.tolist(), passed.pictures, strict=False))
+    passed.pictures.clear()  # they go as their clips come
     clips = range(0, len(times_s), view.num_frames)
     return [
-        _assemble(span, [pictures.get(first + i) for i in range(view.num_frames)], passed, name)
+        _assemble(span, [pictures.pop(first + i, None) for i in range(view.num_frames)], passed, name)
         for span, first in zip(spans, clips, strict=True)
     ]
 

@@ -45,8 +45,8 @@ def decode_patches(
     """As `decode_clips`, its frames cut into the patches of a model; `decoder` decides where no chain is given."""
     outcomes = decode_clips(source, spans, view, decoders or chain_of(source, decoder))
     cut: list[Patches | DecodeFailure] = []
-    for outcome in outcomes[::-1]:
-        outcomes.pop()  # frames go as their patches come
+    while outcomes:
+        outcome = outcomes.pop()  # frames go as their patches come
         cut.append(_cut(outcome, config, options) if isinstance(outcome, Clip) else outcome)
     return cut[::-1]
 

@@ -19,10 +19,12 @@ class Scaler:
         self._to_bgr, self._to_rgb = VideoReformatter(), VideoReformatter()
 
     def scale(self, frame: VideoFrame, width_px: int, height_px: int) -> np.ndarray:
-        """uint8 RGB [height_px, width_px, 3]."""
+        """uint8 RGB [height_px, width_px, 3], where FFmpeg has put it."""
         size = {"width": width_px, "height": height_px}
         bgr = self._to_bgr.reformat(frame, **size, format="bgr24", interpolation="BICUBIC", threads=1)
-        return self._to_rgb.reformat(bgr, format="rgb24", threads=1).to_ndarray()
+        (plane,) = self._to_rgb.reformat(bgr, format="rgb24", threads=1).planes
+        lines_HL = np.frombuffer(memoryview(plane), np.uint8).reshape(height_px, plane.line_size)
+        return lines_HL[:, : 3 * width_px].reshape(height_px, width_px, 3)
 
 
 def picture(frame: VideoFrame, view: View, scaler: Scaler | None = None) -> np.ndarray:
@@ -33,4 +35,4 @@ def picture(frame: VideoFrame, view: View, scaler: Scaler | None = None) -> np.n
     if turns % 2:
         width_px, height_px = height_px, width_px
     scaled_HW3 = (scaler or Scaler()).scale(frame, width_px, height_px)
-    return view.crop(np.rot90(scaled_HW3, turns))
+    return np.ascontiguousarray(view.crop(np.rot90(scaled_HW3, turns)))  # what is cut off goes

@@ -19,6 +19,7 @@ from mone.checkpoint import Checkpoint
 from mone.config import ModelConfig
 from pipelines import nvdec
 from pipelines.annotate import model_stage
+from pipelines.child import ENVIRONMENT
 from pipelines.decode import chain_of, decode_clips
 from pipelines.decoded import Clip, Source
 from pipelines.ingest import CLIPS_TOGETHER, tokenize_stage
@@ -170,7 +171,7 @@ class Decoders:
     def __init__(self, count: int, choice: DecoderChoice = "cpu") -> None:
         """Start them."""
         self._choice: DecoderChoice = choice
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.update(ENVIRONMENT)
         start = None if choice == "cpu" else nvdec.prepare
         self._pool: Pool = multiprocessing.get_context("spawn").Pool(count, start)
         self._pool.map(_warm_up, range(count), chunksize=1)
