@@ -49,7 +49,7 @@ class AnnotateSpeed:
     sampling: tuple[Sampling, ...] = ("dense",)
     """sparse: 4 clips of each video; dense: all of it."""
     videos: int = 48
-    """How many are made; at least half a minute of work gives good rates."""
+    """How many are made. The model takes up to a quarter of a minute to start, so rates need minutes of work."""
     duration: float = 60.0
     """Seconds of a video."""
     keep: str = ""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +14,11 @@ from pipelines.archive import Video
 from pipelines.decode import decode_clips
 from pipelines.decoded import Clip
 from pipelines.manifest import plan_video, source_of
-from pipelines.patches import view_of
+from pipelines.patches import decode_patches, view_of
 from pipelines.schema import DECODED, MANIFEST, PlannedClip
 from pipelines.timeline import ClipPlan
 from pipelines.tokenize import tokenize_table, tokens_of
-from pipelines.view import View
+from pipelines.view import TokenOptions, View
 from tests.media import indexed_frames, read_index, write_video
 
 CONFIG = ModelConfig(num_classes=3, num_frames=8, height_px=64, width_px=64, dim=32, num_heads=4, depth=1)
@@ -43,6 +44,19 @@ def clips(tmp_path) -> list[PlannedClip]:
 
 def test_view_of_is_the_size_of_the_model():
     assert view_of(CONFIG) == View(num_frames=8, height_px=64, width_px=64)
+
+
+def test_a_process_that_decodes_holds_pixels_once(tmp_path):
+    """Frames go as their clips come, clips as their patches; else it would come to the memory at which it is ended."""
+    path = write_video(tmp_path / "long.mp4", indexed_frames(512))
+    clips = plan_video(Video(uri=str(path), label=""), ClipPlan(span_s=0.8, stride_s=0.8))
+    spans = [(clip.start_s, clip.end_s) for clip in clips]
+    tracemalloc.start()
+    patches = decode_patches(CONFIG, TokenOptions(), "cpu", source_of(clips[0]), spans, view_of(CONFIG), ())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert {each.decoder for each in patches} == {"pyav"}
+    assert peak < 1.5 * sum(each.patches.nbytes for each in patches)
 
 
 def test_rows_are_one_for_one_in_order_and_keep_the_manifest(clips):
