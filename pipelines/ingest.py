@@ -48,8 +48,8 @@ CLIPS_TOGETHER = 32
 MOST_CLIPS_PER_TASK = 128
 # Tasks for each core, where there are so few clips that all cores would not be at work until the end.
 _TASKS_PER_CORE, _FEWEST_CLIPS = 8, 4
-# Share of a core that a decoding task asks for, so that there are three for two cores: Ray Data looks for tasks that have
-# ended every tenth of a second, and starts others then; meanwhile the third one has the core.
+# Share of a core that a decoding task asks for, so that there are three for two cores: Ray Data looks for tasks that
+# have ended every tenth of a second, and starts others then; meanwhile the third one has the core.
 DECODE_CPUS = 0.66
 # Heap of a decoding task and its child. Ray cannot see heap, so it is asked for.
 DECODE_MEMORY_BYTES = DEFAULT_LIMITS.memory_bytes
