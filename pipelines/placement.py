@@ -13,10 +13,9 @@ import ray
 
 Device = Literal["auto", "cuda", "cpu"]
 
-# Of a CPU, for a write, which waits for the disk. What decodes takes halves and leaves this room beside the model's
-# processes; without it nothing would be committed before everything is decoded.
-_WRITE_CPUS = 0.25
-# For a process of the model: some, so that it is not put on a head that is to compute nothing.
+# Of a CPU, for a process of the model, and for a write, which waits for the disk: some, so that neither is put on a
+# head that is to compute nothing, and so little that what decodes leaves it. If writes found no room, nothing would be
+# committed before everything is decoded.
 _FEW_CPUS = 0.01
 # For one that feeds a GPU, where there are CPUs enough.
 _FEEDING_CPUS = 0.75
@@ -93,7 +92,7 @@ def place(wanted: Wanted, nodes: Iterable[Node]) -> Placement:
     num_gpus, num_cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
     # On one CPU a task is alone, or not at all.
     alone = 0 < max((node.cpus for node in nodes), default=0) < 2
-    few, write = (0.0, 0.0) if alone else (_FEW_CPUS, _WRITE_CPUS)
+    few = 0.0 if alone else _FEW_CPUS
     least, most = wanted.workers
     if wanted.device == "cpu" or (wanted.device == "auto" and not num_gpus):
         most = most or max(least, int(num_cpus) // 2)  # the other half decodes
@@ -103,7 +102,7 @@ def place(wanted: Wanted, nodes: Iterable[Node]) -> Placement:
             most=most,
             cpus=few,
             gpus=0.0,
-            write_cpus=write,
+            write_cpus=few,
             reason=f"{_range(least, most)} on CPUs: {reason}",
         )
     limit = most or None
@@ -114,7 +113,7 @@ def place(wanted: Wanted, nodes: Iterable[Node]) -> Placement:
         most=limit,
         cpus=_FEEDING_CPUS if _are_cpus_enough(wanted.gpus, nodes) else few,
         gpus=wanted.gpus,
-        write_cpus=write,
+        write_cpus=few,
         reason=f"{_range(least, limit)} on GPUs, {wanted.gpus:g} each, {num_gpus:g} up"
         + ("; waits for more" if num_gpus < wanted.gpus * least else ""),
     )
