@@ -171,9 +171,15 @@ class Decoders:
     def __init__(self, count: int, choice: DecoderChoice = "cpu") -> None:
         """Start them."""
         self._choice: DecoderChoice = choice
-        os.environ.update(ENVIRONMENT)
         start = None if choice == "cpu" else nvdec.prepare
-        self._pool: Pool = multiprocessing.get_context("spawn").Pool(count, start)
+        before = os.environ.copy()
+        os.environ.update(ENVIRONMENT)  # of what is started here, not of a Ray that is started later
+        try:
+            self._pool: Pool = multiprocessing.get_context("spawn").Pool(count, start)
+        finally:
+            for name in ENVIRONMENT:
+                del os.environ[name]
+            os.environ.update(before)
         self._pool.map(_warm_up, range(count), chunksize=1)
 
     def decode(self, clips: Sequence[PlannedClip], config: ModelConfig) -> Done:

@@ -110,7 +110,8 @@ def run_on_rows(
     gain_LR.index_copy_(1, row_SN.flatten(), gain_LSN1.flatten(1).float())
     places, lanes = places_of(row_SN, neighbours), _lanes(runs, buffers.hidden_RH.shape[1], tilings, device)
     all_blocks = [cast(Block, block) for block in blocks]
-    _make_factors(all_blocks, buffers.normal_RD.dtype)
+    if lanes.second is not None:
+        _make_factors(all_blocks, buffers.normal_RD.dtype)
     fork(lanes.second)
     for block, gain_R in zip(all_blocks[:-1] if num_class_tokens else all_blocks, gain_LR, strict=False):
         _block(block, buffers, lanes, places, gain_R, tilings)
