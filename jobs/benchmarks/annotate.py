@@ -30,6 +30,8 @@ _NAMES = {"cpu": "CPUs", "nvdec": "NVDEC", "auto": "both"}
 _CLASSES = 400
 # Of the model by itself.
 _MODEL_BATCHES = 4
+# At most: for processes to start and kernels to be compiled, and for decoders alone, which have no start.
+_WARM_UP_VIDEOS, _LIMIT_VIDEOS = 32, 160
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +39,7 @@ class AnnotateSpeed:
     """Annotate videos end to end, decoding on CPUs alone, on NVDEC alone, and on both (`--decoder` of annotate).
 
     "limit" are processes that decode the same clips in the same way and drop them: as many as cores, as NVDEC's slots,
-    or as both. "model" is the model alone, on patches that lie on the GPU. Each way warms up on a quarter of the
+    or as both. "model" is the model alone, on patches that lie on the GPU. Each way warms up on some of the
     videos, does half of them, then all: clips/s are of the other half, as on a long archive. "model busy" is the share
     of that time in which the model had clips, "GPU busy" and "NVDEC busy" are what nvidia-smi says.
 
@@ -155,7 +157,7 @@ class AnnotateSpeed:
                 batch_size=self.batch_size,
                 placement=placement,
             )
-            for part in (half.half(), half, case.planned)
+            for part in (half.first(_WARM_UP_VIDEOS), half, case.planned)
         )
         with tqdm(total=3, desc=f"{case.archive} {case.sampling} {_NAMES[way]}", unit="run") as progress:
             warm_up()  # processes start, kernels are compiled
@@ -203,12 +205,12 @@ def _limit(case: Case, checkpoint: Checkpoint, way: DecoderChoice) -> float:
     count = {"cpu": os.cpu_count() or 1, "nvdec": max(1, slots), "auto": (os.cpu_count() or 1) + slots}[way]
     decoders = Decoders(count, way)
     try:
-        half = case.planned.half()
-        for part in (half.half(), half):  # the first one warms up
+        some = case.planned.half().first(_LIMIT_VIDEOS)
+        for part in (some.first(_WARM_UP_VIDEOS), some):
             done = decoders.decode(part.clips, checkpoint.config)
     finally:
         decoders.close()
-    return count * len(half.clips) / done.busy_s  # at the end not all have work, as they would on a long archive
+    return count * len(some.clips) / done.busy_s  # at the end not all have work, as they would on a long archive
 
 
 def _model_rates(checkpoint: Checkpoint, capacity: float, batch_size: int, device: torch.device) -> tuple[float, float]:

@@ -32,8 +32,11 @@ class Planned:
 
     def half(self) -> "Planned":
         """The clips of the first half of the videos, one at least."""
-        videos = list(dict.fromkeys(clip.video for clip in self.clips))
-        first = set(videos[: max(1, len(videos) // 2)])
+        return self.first(max(1, len({clip.video for clip in self.clips}) // 2))
+
+    def first(self, count: int) -> "Planned":
+        """The clips of the first videos."""
+        first = set(list(dict.fromkeys(clip.video for clip in self.clips))[:count])
         return _written([clip for clip in self.clips if clip.video in first], Path(self.manifest).parents[1])
 
 
