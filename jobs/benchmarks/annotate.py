@@ -31,7 +31,7 @@ _CLASSES = 400
 # Of the model by itself.
 _MODEL_BATCHES = 4
 # At most: for processes to start and kernels to be compiled, and for decoders alone, which have no start.
-_WARM_UP_VIDEOS, _LIMIT_VIDEOS = 32, 160
+_WARM_UP_VIDEOS, _LIMIT_VIDEOS = 16, 160
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,10 +142,11 @@ class AnnotateSpeed:
     ) -> dict[str, Any]:
         from jobs.benchmarks import sides
         from jobs.benchmarks.watch import gpu_watched
+        from pipelines.ingest import FEWEST_CLIPS_FOR_GPU
         from pipelines.placement import Wanted, nodes_up, place
 
         placement = place(Wanted(device="cuda" if device.type == "cuda" else "cpu"), nodes_up())
-        half = case.planned.half()
+        half, clips = case.planned.half(), len(case.planned.clips)
         warm_up, first_half, whole = (
             functools.partial(
                 sides.annotated,
@@ -153,11 +154,15 @@ class AnnotateSpeed:
                 checkpoint,
                 self.capacity,
                 decoder=way,
-                num_clips=len(case.planned.clips),
+                num_clips=num_clips,
                 batch_size=self.batch_size,
                 placement=placement,
             )
-            for part in (half.first(_WARM_UP_VIDEOS), half, case.planned)
+            for part, num_clips in (
+                (half.first(_WARM_UP_VIDEOS), FEWEST_CLIPS_FOR_GPU),  # in tasks so small that all processes get some
+                (half, clips),
+                (case.planned, clips),
+            )
         )
         with tqdm(total=3, desc=f"{case.archive} {case.sampling} {_NAMES[way]}", unit="run") as progress:
             warm_up()  # processes start, kernels are compiled
@@ -167,7 +172,6 @@ class AnnotateSpeed:
             with gpu_watched() as gpu:
                 last = measured(whole)
             progress.update()
-        clips = len(case.planned.clips)
         of = Round(first, last, clips - len(half.clips))
         done: Done = last.done
         rate = 1 / of.clip_s
