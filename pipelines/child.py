@@ -24,16 +24,11 @@ from typing import Any, NamedTuple
 
 from pipelines import waiting
 from pipelines.channel import Channel, shared_memory
+from pipelines.heap import keep_memory
 from pipelines.schema import Status
 
-# Of a process that decodes. One thread, so that so many of them use so many cores. It keeps memory for its next call:
-# pages that are new cost more than all copies of what is in them.
-ENVIRONMENT = {
-    "OPENBLAS_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-}
+# One thread, so that so many of them use so many cores.
+_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 # Imported by a child before its first call, so that no call pays for it.
 _PRELOADED = ["pipelines.patches"]
 _START_TIMEOUT_S = 120.0
@@ -146,7 +141,7 @@ class _Child(Channel):
             [sys.executable, "-c", f"from pipelines.child import _serve; _serve(*{descriptors}, {_PRELOADED})"],
             pass_fds=descriptors,
             env=os.environ
-            | ENVIRONMENT
+            | _ENVIRONMENT
             | {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -230,6 +225,7 @@ def _serve(connection_fd: int, memory_fd: int, board_fd: int, lifeline_fd: int, 
     """What a child does."""
     _die_with(lifeline_fd)
     _give_way()
+    keep_memory()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for module in modules:
         importlib.import_module(module)

@@ -14,6 +14,7 @@ import ray
 from ray.data import Dataset, TaskPoolStrategy
 
 from mone.config import ModelConfig
+from pipelines.heap import keep_memory
 from pipelines.limits import DEFAULT_LIMITS, DecoderChoice, Limits
 from pipelines.manifest import plan_video
 from pipelines.metrics import SILENT, RunMetrics
@@ -167,6 +168,7 @@ def _tokenize(
     notices: Notices | None,
 ) -> Iterator[pa.Table]:
     """Tokenize with signed addresses in place of the public ones, which stand in what comes out."""
+    keep_memory()
     place = DECODED.get_field_index("video")
     for start in range(0, len(manifest), CLIPS_TOGETHER):
         clips = manifest.slice(start, CLIPS_TOGETHER)
@@ -174,3 +176,4 @@ def _tokenize(
             decoded = tokenize_table(signatures.sign_table(clips), config, options, limits, decoder)
         metrics.decoded(decoded, config.num_frames)
         yield decoded.set_column(place, DECODED.field(place), clips["video"])
+        del decoded  # before the next ones come

@@ -4,7 +4,6 @@ Each hands all frames to one consumer that drops them.
 """
 
 import multiprocessing
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +18,9 @@ from mone.checkpoint import Checkpoint
 from mone.config import ModelConfig
 from pipelines import nvdec
 from pipelines.annotate import model_stage
-from pipelines.child import ENVIRONMENT
 from pipelines.decode import chain_of, decode_clips
 from pipelines.decoded import Clip, Source
+from pipelines.heap import keep_memory
 from pipelines.ingest import CLIPS_TOGETHER, tokenize_stage
 from pipelines.limits import DecoderChoice
 from pipelines.manifest import by_video, source_of
@@ -171,15 +170,7 @@ class Decoders:
     def __init__(self, count: int, choice: DecoderChoice = "cpu") -> None:
         """Start them."""
         self._choice: DecoderChoice = choice
-        start = None if choice == "cpu" else nvdec.prepare
-        before = os.environ.copy()
-        os.environ.update(ENVIRONMENT)  # of what is started here, not of a Ray that is started later
-        try:
-            self._pool: Pool = multiprocessing.get_context("spawn").Pool(count, start)
-        finally:
-            for name in ENVIRONMENT:
-                del os.environ[name]
-            os.environ.update(before)
+        self._pool: Pool = multiprocessing.get_context("spawn").Pool(count, _start, (choice,))
         self._pool.map(_warm_up, range(count), chunksize=1)
 
     def decode(self, clips: Sequence[PlannedClip], config: ModelConfig) -> Done:
@@ -217,6 +208,13 @@ def _decode(work: _Work) -> tuple[dict[str, int], float]:
     seconds = time.perf_counter() - started_s
     frames = [len(outcome.frames_THWC) if isinstance(outcome, Clip) else 0 for outcome in outcomes]
     return dict(zip(ids, frames, strict=True)), seconds
+
+
+def _start(choice: DecoderChoice) -> None:
+    """As processes of the pipeline that decode."""
+    keep_memory()
+    if choice != "cpu":
+        nvdec.prepare()
 
 
 def _warm_up(_: int) -> None:
