@@ -109,7 +109,7 @@ def is_service(process: int) -> bool:
 def _allocated_bytes(process: int) -> int:
     with contextlib.suppress(OSError, ValueError):
         _, resident, shared, *_ = map(int, Path(f"/proc/{process}/statm").read_text().split())
-        return (resident - shared) * _PAGE_BYTES
+        return max(0, resident - shared) * _PAGE_BYTES  # the kernel counts roughly
     return 0
 
 
