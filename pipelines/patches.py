@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from einops import rearrange
 
 from mone.config import ModelConfig
 from mone.static import kept_patches
-from mone.tubelets import to_patches
 from pipelines.decode import chain_of, decode_clips
 from pipelines.decoded import Clip, Served, Source
 from pipelines.failure import DecodeFailure
@@ -44,20 +44,29 @@ def decode_patches(
 ) -> list[Patches | DecodeFailure]:
     """As `decode_clips`, its frames cut into the patches of a model; `decoder` decides where no chain is given."""
     outcomes = decode_clips(source, spans, view, decoders or chain_of(source, decoder))
-    cut: list[Patches | DecodeFailure] = []
+    done: list[Patches | DecodeFailure] = []
     while outcomes:
         outcome = outcomes.pop()  # frames go as their patches come
-        cut.append(_cut(outcome, config, options) if isinstance(outcome, Clip) else outcome)
-    return cut[::-1]
+        done.append(_patches_of(outcome, config, options) if isinstance(outcome, Clip) else outcome)
+    return done[::-1]
 
 
-def _cut(clip: Clip, config: ModelConfig, options: TokenOptions) -> Patches:
+def cut(frames_THWC: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """As `to_patches`, for uint8 [T, H, W, 3], in new memory; a row of a patch moves as one piece, not byte by byte."""
+    frames, rows, _, channels = frames_THWC.shape
+    row_bytes = config.tubelet_px * channels
+    pieces = np.ascontiguousarray(frames_THWC).reshape(frames, rows, -1, row_bytes).view(f"V{row_bytes}")[..., 0]
+    patches = rearrange(pieces, "(f t) (h p) w -> f h w t p", t=config.tubelet_frames, p=config.tubelet_px)
+    return patches.copy().view(np.uint8).reshape(config.num_indices, config.num_tokens, -1)
+
+
+def _patches_of(clip: Clip, config: ModelConfig, options: TokenOptions) -> Patches:
     views = view_of(config, options.views).windows(clip.frames_THWC)
-    patches = [to_patches(frames_THWC, config) for frames_THWC in views]
+    patches = [cut(frames_THWC, config) for frames_THWC in views]
     patches_VFNP = np.stack(patches) if len(patches) > 1 else patches[0][None]
     served = {"decoder": clip.decoder, "note": clip.note, "repeated_share": clip.repeated_share}
     if options.drop_static is None:
-        return Patches(patches=np.ascontiguousarray(patches_VFNP), kept_K=None, **served)
+        return Patches(patches=patches_VFNP, kept_K=None, **served)
     kept_K = kept_patches(patches_VFNP[0], options.drop_static)
     patches_KP = patches_VFNP.reshape(-1, config.patch_values)[kept_K]
     return Patches(patches=patches_KP, kept_K=kept_K.astype(np.int32), **served)

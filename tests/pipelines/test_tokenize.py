@@ -14,7 +14,7 @@ from pipelines.archive import Video
 from pipelines.decode import decode_clips
 from pipelines.decoded import Clip
 from pipelines.manifest import plan_video, source_of
-from pipelines.patches import decode_patches, view_of
+from pipelines.patches import cut, decode_patches, view_of
 from pipelines.schema import DECODED, MANIFEST, PlannedClip
 from pipelines.timeline import ClipPlan
 from pipelines.tokenize import tokenize_table, tokens_of
@@ -95,6 +95,16 @@ def test_patches_are_those_of_the_decoded_frames(clips):
         (outcome,) = decode_clips(source_of(clip), [(clip.start_s, clip.end_s)], view_of(CONFIG))
         assert isinstance(outcome, Clip)
         np.testing.assert_array_equal(to_frames(patches_FNP, CONFIG), outcome.frames_THWC)
+
+
+@pytest.mark.parametrize("tubelet_px", [8, 16, 32])
+def test_cutting_in_pieces_is_cutting(tubelet_px):
+    config = dataclasses.replace(CONFIG, tubelet_px=tubelet_px, height_px=96)
+    frames_THWC = np.random.default_rng(0).integers(0, 256, (8, 96, 192, 3), np.uint8)
+    for window_THWC in (frames_THWC[:, :, :64], frames_THWC[:, :, 5:69]):  # of which neither lies in one piece
+        patches_FNP = cut(window_THWC, config)
+        assert patches_FNP.flags.c_contiguous
+        np.testing.assert_array_equal(patches_FNP, to_patches(window_THWC, config))
 
 
 def test_patches_say_which_frames_they_are(clips):
