@@ -26,7 +26,7 @@ from pipelines.row_files import parquet_files
 from pipelines.schema import DECODED, MANIFEST
 from pipelines.storage.signatures import UNSIGNED, Signatures
 from pipelines.timeline import ClipPlan
-from pipelines.tokenize import tokenize_table
+from pipelines.tokenize import tokenize_tables
 from pipelines.video import Video
 from pipelines.view import TokenOptions
 from pipelines.waiting import Notices, patiently, told
@@ -169,11 +169,11 @@ def _tokenize(
 ) -> Iterator[pa.Table]:
     """Tokenize with signed addresses in place of the public ones, which stand in what comes out."""
     keep_memory()
-    place = DECODED.get_field_index("video")
-    for start in range(0, len(manifest), CLIPS_TOGETHER):
-        clips = manifest.slice(start, CLIPS_TOGETHER)
-        with told(notices.post) if notices else patiently():
-            decoded = tokenize_table(signatures.sign_table(clips), config, options, limits, decoder)
-        metrics.decoded(decoded, config.num_frames)
-        yield decoded.set_column(place, DECODED.field(place), clips["video"])
-        del decoded  # before the next ones come
+    place, clips = DECODED.get_field_index("video"), signatures.sign_table(manifest)
+    with told(notices.post) if notices else patiently():
+        start = 0
+        for decoded in tokenize_tables(clips, config, options, limits, decoder, rows_each=CLIPS_TOGETHER):
+            metrics.decoded(decoded, config.num_frames)
+            yield decoded.set_column(place, DECODED.field(place), manifest["video"].slice(start, len(decoded)))
+            start += len(decoded)
+            del decoded  # before the next ones come

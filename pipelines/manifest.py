@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
@@ -94,12 +95,18 @@ def decode_videos(
     limits: Limits = DEFAULT_LIMITS,
     decode: Decode[T] = decode_clips,
     first: Call | None = None,
+    at_once: int = sys.maxsize,
 ) -> Iterator[tuple[list[PlannedClip], Decoded[T]]]:
     """As `decode_planned`, video by video: its clips and their outcomes; the next is decoded while one is used.
 
-    A file that has changed since it was planned is a failure: its clips are not what the manifest says.
+    A file that has changed since it was planned is a failure: its clips are not what the manifest says. Of a video with
+    more clips than `at_once`, so many come together.
     """
-    videos = [(same_video, _failure(same_video[0])) for same_video in by_video(clips)]
+    videos = [
+        (same_video[at : at + at_once], _failure(same_video[0]))
+        for same_video in by_video(clips)
+        for at in range(0, len(same_video), at_once)
+    ]
     requests = [
         Request(source_of(same_video[0]), [(clip.start_s, clip.end_s) for clip in same_video])
         for same_video, failure in videos

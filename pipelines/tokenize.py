@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
+import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -39,17 +42,53 @@ def tokenize_table(
         limits: Of each video.
         decoder: Whether a GPU decodes, too.
     """
+    return _table(list(_decoded(manifest, config, options, limits, decoder)))
+
+
+def tokenize_tables(
+    manifest: pa.Table,
+    config: ModelConfig,
+    options: TokenOptions = WHOLE_CLIPS,
+    limits: Limits = DEFAULT_LIMITS,
+    decoder: DecoderChoice = "cpu",
+    *,
+    rows_each: int,
+) -> Iterator[pa.Table]:
+    """As `tokenize_table`, in tables of so many rows; the last one has what is left.
+
+    Clips of a video share a pass over it wherever a table ends, and decoding goes on while a table is used.
+    """
+    decoded = _decoded(manifest, config, options, limits, decoder, at_once=rows_each)
+    while some := list(itertools.islice(decoded, rows_each)):
+        table = _table(some)
+        some.clear()
+        yield table
+        del table  # before the next clips come
+
+
+def _decoded(
+    manifest: pa.Table,
+    config: ModelConfig,
+    options: TokenOptions,
+    limits: Limits,
+    decoder: DecoderChoice,
+    at_once: int = sys.maxsize,
+) -> Iterator[tuple[dict, Patches | DecodeFailure]]:
+    """A row without its patches, and these, for each row of the manifest."""
     clips = [PlannedClip(**row) for row in manifest.to_pylist()]
     decode = functools.partial(decode_patches, config, options, decoder)
     first = None if decoder == "cpu" else nvdec.PREPARATION
-    rows, patches, kept = [], [], []
-    for same_video, decoded in decode_videos(clips, view_of(config, options.views), limits, decode, first):
+    view = view_of(config, options.views)
+    for same_video, decoded in decode_videos(clips, view, limits, decode, first, at_once):
         decode_ms = decoded.decode_s * 1e3 / len(same_video)
         for clip, outcome in zip(same_video, decoded.outcomes, strict=True):
-            rows.append(_row(clip, outcome) | {"decode_ms": decode_ms})
-            patches.append(None if isinstance(outcome, DecodeFailure) else outcome.patches)
-            kept.append(None if isinstance(outcome, DecodeFailure) else outcome.kept_K)
-    columns = pa.Table.from_pylist(rows, schema=_ROWS).columns
+            yield _row(clip, outcome) | {"decode_ms": decode_ms}, outcome
+
+
+def _table(decoded: list[tuple[dict, Patches | DecodeFailure]]) -> pa.Table:
+    columns = pa.Table.from_pylist([row for row, _ in decoded], schema=_ROWS).columns
+    found = [None if isinstance(outcome, DecodeFailure) else outcome for _, outcome in decoded]
+    patches, kept = ([getattr(of, name, None) for of in found] for name in ("patches", "kept_K"))
     return pa.Table.from_arrays([*columns, _as_they_are(patches), _as_they_are(kept)], schema=DECODED)
 
 

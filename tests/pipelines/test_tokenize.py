@@ -17,7 +17,7 @@ from pipelines.manifest import plan_video, source_of
 from pipelines.patches import cut, decode_patches, view_of
 from pipelines.schema import DECODED, MANIFEST, PlannedClip
 from pipelines.timeline import ClipPlan
-from pipelines.tokenize import tokenize_table, tokens_of
+from pipelines.tokenize import tokenize_table, tokenize_tables, tokens_of
 from pipelines.view import TokenOptions, View
 from tests.media import indexed_frames, read_index, write_video
 
@@ -83,6 +83,14 @@ def test_rows_equal_decoding_one_by_one(clips, order):
     together = tokenize_table(manifest(*arranged), CONFIG).drop_columns(["decode_ms"])
     alone = [tokenize_table(manifest(clip), CONFIG).drop_columns(["decode_ms"]) for clip in arranged]
     assert together.to_pylist() == pa.concat_tables(alone).to_pylist()
+
+
+@pytest.mark.parametrize("rows_each", [1, 3, 9, 32])
+def test_tables_end_where_they_should_and_hold_the_same_rows(clips, rows_each):
+    tables = list(tokenize_tables(manifest(*clips), CONFIG, rows_each=rows_each))
+    assert [len(table) for table in tables[:-1]] == [rows_each] * (len(tables) - 1) and len(tables[-1]) <= rows_each
+    whole = tokenize_table(manifest(*clips), CONFIG)
+    assert pa.concat_tables(tables).drop_columns(["decode_ms"]).equals(whole.drop_columns(["decode_ms"]))
 
 
 def test_patches_are_those_of_the_decoded_frames(clips):
