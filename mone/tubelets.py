@@ -3,6 +3,7 @@
 Shapes: B clips, T frames, H x W pixels, C = 3 channels, F temporal indices, N tokens per index, P values per token.
 """
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 from einops import rearrange
@@ -23,12 +24,17 @@ def to_patches(frames_THWC: Array, config: ModelConfig) -> Array:
     Raises:
         ValueError: Frames of another size than the config's; both sizes are named.
     """
-    expected = (config.num_frames, config.height_px, config.width_px, 3)
-    if (actual := tuple(frames_THWC.shape[-4:])) != expected:  # pyright: ignore[reportAttributeAccessIssue]
-        raise ValueError(f"frames are {actual}, the model takes {expected}")
+    check_frames(frames_THWC.shape, config)  # pyright: ignore[reportAttributeAccessIssue]
     return rearrange(
         frames_THWC, f"{_FRAMES} -> {_PATCHES}", t=config.tubelet_frames, p=config.tubelet_px, q=config.tubelet_px
     )
+
+
+def check_frames(shape: Sequence[int], config: ModelConfig) -> None:
+    """Raise ValueError for frames [..., T, H, W, 3] of another size than the config's; both sizes are named."""
+    expected = (config.num_frames, config.height_px, config.width_px, 3)
+    if (actual := tuple(shape[-4:])) != expected:
+        raise ValueError(f"frames are {actual}, the model takes {expected}")
 
 
 def to_frames(patches_FNP: Array, config: ModelConfig) -> Array:

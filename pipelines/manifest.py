@@ -103,8 +103,9 @@ def decode_videos(
     more clips than `at_once`, so many come together.
     """
     videos = [
-        (same_video[at : at + at_once], _failure(same_video[0]))
+        (same_video[at : at + at_once], failure)
         for same_video in by_video(clips)
+        for failure in [_failure(same_video[0])]  # which asks the store, once
         for at in range(0, len(same_video), at_once)
     ]
     requests = [

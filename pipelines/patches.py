@@ -8,6 +8,7 @@ from einops import rearrange
 
 from mone.config import ModelConfig
 from mone.static import kept_patches
+from mone.tubelets import check_frames
 from pipelines.decode import chain_of, decode_clips
 from pipelines.decoded import Clip, Served, Source
 from pipelines.failure import DecodeFailure
@@ -53,6 +54,7 @@ def decode_patches(
 
 def cut(frames_THWC: np.ndarray, config: ModelConfig) -> np.ndarray:
     """As `to_patches`, for uint8 [T, H, W, 3], in new memory; a row of a patch moves as one piece, not byte by byte."""
+    check_frames(frames_THWC.shape, config)
     frames, rows, _, channels = frames_THWC.shape
     row_bytes = config.tubelet_px * channels
     pieces = np.ascontiguousarray(frames_THWC).reshape(frames, rows, -1, row_bytes).view(f"V{row_bytes}")[..., 0]

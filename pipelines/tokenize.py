@@ -59,11 +59,8 @@ def tokenize_tables(
     Clips of a video share a pass over it wherever a table ends, and decoding goes on while a table is used.
     """
     decoded = _decoded(manifest, config, options, limits, decoder, at_once=rows_each)
-    while some := list(itertools.islice(decoded, rows_each)):
-        table = _table(some)
-        some.clear()
-        yield table
-        del table  # before the next clips come
+    for _ in range(0, len(manifest), rows_each):
+        yield _table(list(itertools.islice(decoded, rows_each)))  # nothing here holds it while the next clips come
 
 
 def _decoded(

@@ -113,6 +113,8 @@ def test_cutting_in_pieces_is_cutting(tubelet_px):
         patches_FNP = cut(window_THWC, config)
         assert patches_FNP.flags.c_contiguous
         np.testing.assert_array_equal(patches_FNP, to_patches(window_THWC, config))
+    with pytest.raises(ValueError, match=r"frames are \(8, 96, 192, 3\), the model takes \(8, 96, 64, 3\)"):
+        cut(frames_THWC, config)
 
 
 def test_patches_say_which_frames_they_are(clips):
