@@ -15,6 +15,7 @@ Shapes: S sequences, N tokens, R rows, D model features, H hidden features, C cl
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -199,11 +200,19 @@ def _mlp(
         return
     up, down = factor(mlp.up.weight, dtype), factor(mlp.down.weight, dtype)
     for run in runs:
-        narrow_mlp(
+        _kernel_of(narrow[run])(
             *(buffers.normal_RD, up, mlp.up.bias, down, mlp.down.bias, buffers.head_RD, run, gain_R),
             tiling=narrow[run],
             activation=activation,
         )
+
+
+def _kernel_of(tiling: Tiling) -> Callable[..., None]:
+    if not tiling.roles:
+        return narrow_mlp
+    from mone.engine.kernels.narrow_mlp_hopper import narrow_mlp_hopper  # older Tritons have no Gluon
+
+    return narrow_mlp_hopper
 
 
 def _class_tokens(

@@ -20,6 +20,15 @@ def eight_bits_run(device: torch.device) -> bool:
     return triton_runs(device) and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def gluon_runs(device: torch.device) -> bool:
+    """Whether kernels in Gluon run, which are for Hopper: from Triton 3.6 on, whose form of it they have."""
+    if not triton_runs(device) or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+
+
 def check_engine(engine: str, device: torch.device) -> None:
     """Refuse what a device cannot do and nothing else may stand for.
 

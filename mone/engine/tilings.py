@@ -15,12 +15,14 @@ from typing import NamedTuple
 import torch
 
 from mone.engine.rows import Run
+from mone.engine.support import gluon_runs
 
 
 class Tiling(NamedTuple):
     """Sizes of a tile, and how a program runs: warps, stages of loads in flight, programs on a processor.
 
-    With `halves` a tile is finished one half of its columns after the other, which takes half the room.
+    With `halves` a tile is finished one half of its columns after the other, which takes half the room. With `roles` it
+    is for the kernel whose warps have roles, which has four warps for each 64 rows and sums over whole widths.
     """
 
     rows: int = 128
@@ -30,6 +32,7 @@ class Tiling(NamedTuple):
     stages: int = 3
     programs: int = 1
     halves: bool = False
+    roles: bool = False
 
     def share_busy(self, num_rows: int, processors: int) -> float:
         """How full the rounds are in which a card takes one program for each tile of rows."""
@@ -113,6 +116,10 @@ _NARROW = (
     ],
     (192, Tiling(128, 64, 64, 8, 2)),
 )
+NARROW_ROLES = (
+    *[(96, tiling) for tiling in (Tiling(128, 128, stages=3, roles=True), Tiling(192, 64, stages=3, roles=True))],
+    *[(widest, Tiling(128, 64, stages=3, roles=True)) for widest in (128, 192)],
+)
 _NARROW_8 = (
     *[(128, tiling) for tiling in (Tiling(64, 64, 64, 4, 2, 4), Tiling(128, 128, 64, 8, 2))],
     (192, Tiling(128, 128, 64, 8, 3)),
@@ -146,8 +153,9 @@ def tilings_for(device: torch.device, runs: tuple[Run, ...], dim: int, *, eight_
     """Those that were measured for this card and such a batch, else the card's defaults."""
     if found := chosen().get(key_of(device, runs, dim, eight_bits=eight_bits)):
         return found
-    capability, rows = _capability(device), sum(run.stop - run.start for run in runs)
-    return default_tilings(capability, mean_share(runs, dim), rows, eight_bits=eight_bits)
+    rows = sum(run.stop - run.start for run in runs)
+    tilings = default_tilings(_capability(device), mean_share(runs, dim), rows, eight_bits=eight_bits)
+    return tilings._replace(narrow=NARROW_ROLES) if not eight_bits and gluon_runs(device) else tilings
 
 
 def default_tilings(capability: tuple[int, int], share: float, num_rows: int, *, eight_bits: bool = False) -> Tilings:

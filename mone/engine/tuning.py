@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from mone.engine.tilings import Attending, Tiling, Tilings
+from mone.engine.tilings import NARROW_ROLES, Attending, Tiling, Tilings
 
 _PRODUCTS = (
     Tiling(128, 128, 64, 4, 3, 2, True),
@@ -20,6 +20,7 @@ _PRODUCTS = (
 )
 _NARROW = (
     (),
+    NARROW_ROLES,
     *[
         ((128, narrow), (192, wide))
         for narrow in (
