@@ -44,6 +44,7 @@ class Attending(NamedTuple):
     """How attention is cut: queries and keys of a block, warps and stages of loads in flight of a program.
 
     `whole`: a program has all queries and keys of a head on the chip, and takes several heads; for short groups.
+    `roles`: where groups are as it needs them, that is done by the kernel whose warps have roles.
     """
 
     block_q: int = 128
@@ -51,6 +52,7 @@ class Attending(NamedTuple):
     warps: int = 8
     stages: int = 2
     whole: bool = True
+    roles: bool = False
 
 
 class Tilings(NamedTuple):
@@ -155,7 +157,12 @@ def tilings_for(device: torch.device, runs: tuple[Run, ...], dim: int, *, eight_
         return found
     rows = sum(run.stop - run.start for run in runs)
     tilings = default_tilings(_capability(device), mean_share(runs, dim), rows, eight_bits=eight_bits)
-    return tilings._replace(narrow=NARROW_ROLES) if not eight_bits and gluon_runs(device) else tilings
+    return _with_roles(tilings, eight_bits=eight_bits) if gluon_runs(device) else tilings
+
+
+def _with_roles(tilings: Tilings, *, eight_bits: bool) -> Tilings:
+    narrow = tilings.narrow if eight_bits else NARROW_ROLES
+    return tilings._replace(narrow=narrow, attention=tilings.attention._replace(roles=True))
 
 
 def default_tilings(capability: tuple[int, int], share: float, num_rows: int, *, eight_bits: bool = False) -> Tilings:

@@ -34,6 +34,7 @@ _NARROW = (
 )
 _ATTENTION = (
     Attending(128, 64, 8, 2),
+    Attending(128, 64, 8, 2, roles=True),
     Attending(256, 64, 16, 2),
     Attending(64, 64, 4, 3, whole=False),
     Attending(64, 64, 4, 2, whole=False),

@@ -181,6 +181,13 @@ def attend_rows(
     tensors, strides = (qkv_RX, out_RD, *places), (qkv_RX.stride(0), out_RD.stride(0))
     if attending is None or first_query or (attending.whole and num_slots > LARGEST_WHOLE):
         attending = _FEW if num_slots - first_query <= _FEW.block_q else _LONG
+    if attending.whole and attending.roles:
+        from mone.engine.kernels import attention_hopper as hopper  # older Tritons have no Gluon
+
+        if hopper.fits(qkv_RX, num_slots, features):
+            heads_each = _heads_each(num_groups, num_heads, qkv_RX.device)
+            hopper.attend_rows_hopper(qkv_RX, out_RD, places, num_heads, heads_each, scale)
+            return
     block_k = attending.block_k
     whole, left = divmod(num_slots, block_k)
     if attending.whole and not left:
