@@ -38,8 +38,8 @@ def _finish(
     columns = column + tl.arange(0, BLOCK_O)
     if SCALED:
         sums *= tl.load(scale_ptr + columns, mask=columns < num_columns, other=0.0)[None, :]
-    sums += tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
-    sums = activate(sums, ACTIVATION, TANH)
+    bias = tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
+    sums = activate(sums, bias[None, :], ACTIVATION, TANH)
     if GAIN:
         sums *= tl.load(gain_ptr + row + tl.arange(0, BLOCK_R))[:, None]
     if ADDS:

@@ -58,8 +58,8 @@ def _narrow_mlp(
             hidden = tl.dot(more_x, more_up_desc.load([start, BLOCK_D]).T, hidden)
         if SCALED:
             hidden *= tl.load(up_scale_ptr + start + tl.arange(0, BLOCK_H))[None, :]
-        hidden += tl.load(up_bias_ptr + start + tl.arange(0, BLOCK_H)).to(tl.float32)[None, :]
-        hidden = activate(hidden, ACTIVATION, TANH).to(rows_desc.dtype)
+        bias = tl.load(up_bias_ptr + start + tl.arange(0, BLOCK_H)).to(tl.float32)
+        hidden = activate(hidden, bias[None, :], ACTIVATION, TANH).to(rows_desc.dtype)
         sums = tl.dot(hidden, down_desc.load([0, start]).T, sums)
         if MORE > 0:
             more_sums = tl.dot(hidden, more_down_desc.load([BLOCK_D, start]).T, more_sums)

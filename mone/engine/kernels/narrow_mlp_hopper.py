@@ -114,6 +114,8 @@ def _compute(
     zero = gl.zeros((ROWS, HIDDEN), gl.float32, layout=hidden_layout)
     sums = warpgroup_mma_init(gl.zeros((ROWS, WIDTH), gl.float32, layout=sums_layout))
     bias_at = up_bias_ptr + gl.arange(0, HIDDEN, layout=gl.SliceLayout(0, hidden_layout))
+    # Where there are registers for it, the bias is loaded a step ahead.
+    AHEAD: gl.constexpr = HIDDEN < 128
     coming_bias = gl.load(bias_at)
     mbarrier.wait(rows_full, 0)
     own = rows.index(NUMBER).load(own_layout)
@@ -127,11 +129,15 @@ def _compute(
     # All products end within a step: ptxas lets none run on from one into the next.
     for step in range(num_steps - 1):
         stage, following = step % STAGES, (step + 1) % STAGES
-        bias = coming_bias.to(gl.float32)
-        coming_bias = gl.load(bias_at + (step + 1) * HIDDEN)
+        if AHEAD:
+            bias = coming_bias.to(gl.float32)
+            coming_bias = gl.load(bias_at + (step + 1) * HIDDEN)
+        else:
+            bias = gl.load(bias_at + step * HIDDEN).to(gl.float32)
         mbarrier.wait(full.index(following), (step + 1) // STAGES % 2)
         coming = _hidden(own, more_own, up, more_up, zero, following, MORE)
-        factor = gl.convert_layout(activate(hidden + bias[None, :], ACTIVATION, True).to(rows.dtype), factor_layout)
+        factor = activate(hidden, bias[None, :], ACTIVATION, True).to(rows.dtype)
+        factor = gl.convert_layout(factor, factor_layout)
         sums = warpgroup_mma(factor, down.index(stage).permute((1, 0)), sums, is_async=True)
         if MORE:
             more_sums = warpgroup_mma(factor, more_down.index(stage).permute((1, 0)), more_sums, is_async=True)
@@ -142,7 +148,8 @@ def _compute(
         sums = warpgroup_mma_init(sums)
         mbarrier.arrive(empty.index(stage), count=1)
     stage = (num_steps - 1) % STAGES
-    factor = activate(hidden + coming_bias.to(gl.float32)[None, :], ACTIVATION, True).to(rows.dtype)
+    bias = gl.load(bias_at + (num_steps - 1) * HIDDEN).to(gl.float32)
+    factor = activate(hidden, bias[None, :], ACTIVATION, True).to(rows.dtype)
     factor = gl.convert_layout(factor, factor_layout)
     sums = warpgroup_mma(factor, down.index(stage).permute((1, 0)), sums, is_async=True)
     if MORE:
