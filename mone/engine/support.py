@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 _TRITON = find_spec("triton") is not None
+# The first and the last Triton.
+_GLUON = ((3, 6), (3, 8))
 
 
 def triton_runs(device: torch.device) -> bool:
@@ -21,12 +23,17 @@ def eight_bits_run(device: torch.device) -> bool:
 
 
 def gluon_runs(device: torch.device) -> bool:
-    """Whether kernels in Gluon run, which are for Hopper: from Triton 3.6 on, whose form of it they have."""
+    """Whether kernels in Gluon, which are for Hopper, run on a device, with the Triton that is there."""
     if not triton_runs(device) or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     import triton
 
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+    return knows_gluon_of(triton.__version__)
+
+
+def knows_gluon_of(version: str) -> bool:
+    """Whether the kernels were tried with the Gluon of this Triton, as it may change with each release."""
+    return _GLUON[0] <= tuple(int(part) for part in version.split(".")[:2]) <= _GLUON[1]
 
 
 def check_engine(engine: str, device: torch.device) -> None:

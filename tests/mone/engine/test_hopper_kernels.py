@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
+import triton
 
 from mone.engine.casts import EIGHT_BITS, factor
 from mone.engine.kernels.attention import attend_rows
 from mone.engine.kernels.narrow_mlp import narrow_mlp, parts_of
 from mone.engine.kernels.narrow_mlp_hopper import narrow_mlp_hopper
 from mone.engine.rows import Places, num_rows, runs_of
-from mone.engine.support import gluon_runs
+from mone.engine.support import gluon_runs, knows_gluon_of
 from mone.engine.tilings import NARROW_ROLES, Attending, Tiling
 from mone.nested import segments_of
 from tests.mone.engine import compiled_for_hopper
@@ -27,6 +28,18 @@ def ptxas_on(*asked):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", compiled_for_hopper.__name__, *map(str, asked)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("version", "known"), [("3.5.1", False), ("3.6.0", True), ("3.8.0+git", True), ("3.9.0", False), ("4.0.0", False)]
+)
+def test_gluon_of_tritons_that_were_tried(version, known):
+    assert knows_gluon_of(version) == known
+
+
+def test_gluon_of_the_triton_that_is_there_was_tried():
+    """If not: try the kernels with it, and add it to those that are known."""
+    assert knows_gluon_of(triton.__version__)
 
 
 @pytest.fixture
