@@ -7,6 +7,7 @@ import torch
 
 from mone.engine.rows import runs_of
 from mone.engine.tilings import (
+    NARROW_ROLES,
     Attending,
     Tiling,
     Tilings,
@@ -74,6 +75,14 @@ def test_of_several_tilings_the_one_whose_rounds_are_full_is_taken():
     assert taken == [shared, thin, whole]
     assert shared.share_busy(128 * 132 * 2, 132) == 1
     assert shared.share_busy(128 * 132, 132) == 0.5
+
+
+def test_warps_have_roles_where_half_of_the_processors_have_a_program():
+    tilings = ODD._replace(narrow=NARROW_ROLES)
+    taken = [tilings.narrow_of(96, 3072, rows, 132) for rows in (30720, 21504, 16128, 12672, 12671)]
+    assert [tiling and tiling.rows for tiling in taken] == [128, 192, 128, 128, None]
+    assert all(tilings.narrow_of(width, 3072, 20000, 132).roles for width in (24, 96, 128, 192))
+    assert tilings.narrow_of(193, 3072, 20000, 132) is None
 
 
 def test_the_mean_width_is_that_of_all_rows():
