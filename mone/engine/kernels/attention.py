@@ -181,11 +181,11 @@ def attend_rows(
     tensors, strides = (qkv_RX, out_RD, *places), (qkv_RX.stride(0), out_RD.stride(0))
     if attending is None or first_query or (attending.whole and num_slots > LARGEST_WHOLE):
         attending = _FEW if num_slots - first_query <= _FEW.block_q else _LONG
+    heads_each = _heads_each(num_groups, num_heads, qkv_RX.device)
     if attending.whole and attending.roles:
         from mone.engine.kernels import attention_hopper as hopper  # older Tritons have no Gluon
 
         if hopper.fits(qkv_RX, num_slots, features):
-            heads_each = _heads_each(num_groups, num_heads, qkv_RX.device)
             hopper.attend_rows_hopper(qkv_RX, out_RD, places, num_heads, heads_each, scale)
             return
     block_k = attending.block_k
@@ -199,7 +199,6 @@ def attend_rows(
     }
     if attending.whole:
         block_q = min(attending.block_q, max(16, triton.next_power_of_2(num_slots)))
-        heads_each = _heads_each(num_groups, num_heads, qkv_RX.device)
         _attention_whole[(num_groups * num_heads // heads_each,)](
             *(*tensors, num_slots, num_heads, heads_each, *strides, scale),
             **sizes,

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from mone.engine.kernels.hopper import factor_layout, memory_layout, product_layout, shared_layout
 from mone.engine.rows import Places
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
@@ -43,26 +44,15 @@ def _starts(slots):
     return tuple(slots - sum(sizes[: index + 1]) for index in range(len(sizes)))
 
 
-@gluon.constexpr_function
-def _product(columns):
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
-
-
-@gluon.constexpr_function
-def _factor(columns):
-    return gl.DotOperandLayout(0, _product(columns), 2)
-
-
 @gluon.jit
 def _buffer(ptr, COUNT: gl.constexpr, SIZE: gl.constexpr):
-    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return gl.allocate_shared_memory(ptr.dtype.element_ty, [COUNT, SIZE, 64], layout)
+    return gl.allocate_shared_memory(ptr.dtype.element_ty, [COUNT, SIZE, 64], shared_layout(64))
 
 
 @gluon.jit
 def _rows_at(read_ptr, first, num_slots, stride, SIZE: gl.constexpr):
     """Where the features of slots are; past the last slot those of the last."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    layout: gl.constexpr = memory_layout(64)
     slot = first + gl.arange(0, SIZE, layout=gl.SliceLayout(1, layout))
     row = gl.load(read_ptr + gl.minimum(slot, num_slots - 1)).to(gl.int32)
     return row[:, None] * stride + gl.arange(0, 64, layout=gl.SliceLayout(0, layout))[None, :]
@@ -100,20 +90,20 @@ def _read(
 
 @gluon.jit
 def _begin_scores(query, keys, SIZE: gl.constexpr):
-    zero = gl.zeros((64, SIZE), gl.float32, layout=_product(SIZE))
-    own = gl.convert_layout(query, _factor(SIZE))
+    zero = gl.zeros((64, SIZE), gl.float32, layout=product_layout(SIZE))
+    own = gl.convert_layout(query, factor_layout(SIZE))
     return warpgroup_mma(own, keys.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _inside(scores, num_slots, START: gl.constexpr, SIZE: gl.constexpr):
-    slot = START + gl.arange(0, SIZE, layout=gl.SliceLayout(0, _product(SIZE)))
+    slot = START + gl.arange(0, SIZE, layout=gl.SliceLayout(0, product_layout(SIZE)))
     return gl.where((slot < num_slots)[None, :], scores, -float("inf"))
 
 
 @gluon.jit
 def _store(ptr, target, stride, mixed):
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    layout: gl.constexpr = memory_layout(64)
     feature = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
     at = ptr + target.to(gl.int64)[:, None] * stride + feature[None, :]
     gl.store(at, gl.convert_layout(mixed.to(ptr.dtype.element_ty), layout), mask=(target >= 0)[:, None])
@@ -129,8 +119,8 @@ def _compute(
     STARTS: gl.constexpr = _starts(SLOTS)
     BLOCKS: gl.constexpr = len(SIZES)
     OWN: gl.constexpr = (TILES + 1 - NUMBER) // 2
-    row_layout: gl.constexpr = gl.SliceLayout(1, _product(64))
-    target_layout: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+    row_layout: gl.constexpr = gl.SliceLayout(1, product_layout(64))
+    target_layout: gl.constexpr = gl.SliceLayout(1, memory_layout(64))
     out_ptr, write_ptr, num_slots, stride, scale = work
     queries, keys, values = buffers
     full, empty = barriers
@@ -143,7 +133,7 @@ def _compute(
         mbarrier.wait(full.index(stage), head // STAGES % 2)
         fence_async_shared()
         for index in gl.static_range(OWN):
-            query = queries.index(stage * TILES + NUMBER + 2 * index).load(_factor(64))
+            query = queries.index(stage * TILES + NUMBER + 2 * index).load(factor_layout(64))
             coming, scores = (), ()
             for block in gl.static_range(BLOCKS):
                 coming += (_begin_scores(query, keys[block].index(stage), SIZES[block]),)
@@ -155,12 +145,12 @@ def _compute(
                 best = gl.maximum(best, gl.convert_layout(gl.max(here, axis=1), row_layout))
                 scores += (here,)
             best *= scale
-            mixed = warpgroup_mma_init(gl.zeros((64, 64), gl.float32, layout=_product(64)))
+            mixed = warpgroup_mma_init(gl.zeros((64, 64), gl.float32, layout=product_layout(64)))
             total = gl.zeros((64,), gl.float32, layout=row_layout)
             for block in gl.static_range(BLOCKS):
-                most = gl.convert_layout(best, gl.SliceLayout(1, _product(SIZES[block])))
+                most = gl.convert_layout(best, gl.SliceLayout(1, product_layout(SIZES[block])))
                 weights = gl.exp2(scores[block] * scale - most[:, None])
-                factor = gl.convert_layout(weights.to(query.dtype), _factor(64))
+                factor = gl.convert_layout(weights.to(query.dtype), factor_layout(64))
                 mixed = warpgroup_mma(factor, values[block].index(stage), mixed, use_acc=block > 0, is_async=True)
                 total += gl.convert_layout(gl.sum(weights, axis=1), row_layout)
             mixed = warpgroup_mma_wait(0, deps=(mixed,))

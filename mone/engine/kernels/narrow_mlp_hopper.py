@@ -25,6 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mone.engine.casts import Factor
 from mone.engine.kernels.gelu import activate
+from mone.engine.kernels.hopper import GROUP, factor_layout, memory_layout, product_layout, shared_layout
 from mone.engine.kernels.narrow_mlp import parts_of
 from mone.engine.rows import Run
 from mone.engine.tilings import Tiling
@@ -32,8 +33,6 @@ from mone.engine.tilings import Tiling
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false, reportOperatorIssue=false
 
-# Rows of a group of four warps, which is what multiplies on Hopper.
-GROUP = 64
 # Registers of a thread that computes and of one that reads, by the number of groups.
 _REGISTERS = {2: (232, 40), 3: (160, 24)}
 
@@ -83,7 +82,7 @@ def _hidden(own, more_own, up, more_up, zero, stage, MORE: gl.constexpr):
 def _add(sums, out_ptr, bias_ptr, gain_ptr, row, stop, column, width, stride):
     """What these rows got, onto the stream."""
     COLUMNS: gl.constexpr = sums.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
+    layout: gl.constexpr = memory_layout(COLUMNS)
     rows = row + gl.arange(0, sums.shape[0], layout=gl.SliceLayout(1, layout))
     columns = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     inside = (rows < stop)[:, None] & (columns < width)[None, :]
@@ -107,23 +106,19 @@ def _compute(
     ROWS: gl.constexpr = rows.shape[1]
     HIDDEN: gl.constexpr = up.shape[1]
     WIDTH: gl.constexpr = rows.shape[2]
-    hidden_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HIDDEN, 16])
-    sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    own_layout: gl.constexpr = gl.DotOperandLayout(0, hidden_layout, 2)
-    factor_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
+    hidden_layout: gl.constexpr = product_layout(HIDDEN)
     zero = gl.zeros((ROWS, HIDDEN), gl.float32, layout=hidden_layout)
-    sums = warpgroup_mma_init(gl.zeros((ROWS, WIDTH), gl.float32, layout=sums_layout))
+    sums = warpgroup_mma_init(gl.zeros((ROWS, WIDTH), gl.float32, layout=product_layout(WIDTH)))
     bias_at = up_bias_ptr + gl.arange(0, HIDDEN, layout=gl.SliceLayout(0, hidden_layout))
     # Where there are registers for it, the bias is loaded a step ahead.
     AHEAD: gl.constexpr = HIDDEN < 128
     coming_bias = gl.load(bias_at)
     mbarrier.wait(rows_full, 0)
-    own = rows.index(NUMBER).load(own_layout)
+    own = rows.index(NUMBER).load(factor_layout(HIDDEN))
     more_own = own
     if MORE:
-        more_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MORE, 16])
-        more_own = more_rows.index(NUMBER).load(own_layout)
-        more_sums = warpgroup_mma_init(gl.zeros((ROWS, MORE), gl.float32, layout=more_layout))
+        more_own = more_rows.index(NUMBER).load(factor_layout(HIDDEN))
+        more_sums = warpgroup_mma_init(gl.zeros((ROWS, MORE), gl.float32, layout=product_layout(MORE)))
     mbarrier.wait(full.index(0), 0)
     hidden = warpgroup_mma_wait(0, deps=(_hidden(own, more_own, up, more_up, zero, 0, MORE),))
     # All products end within a step: ptxas lets none run on from one into the next.
@@ -137,7 +132,7 @@ def _compute(
         mbarrier.wait(full.index(following), (step + 1) // STAGES % 2)
         coming = _hidden(own, more_own, up, more_up, zero, following, MORE)
         factor = activate(hidden, bias[None, :], ACTIVATION, True).to(rows.dtype)
-        factor = gl.convert_layout(factor, factor_layout)
+        factor = gl.convert_layout(factor, factor_layout(WIDTH))
         sums = warpgroup_mma(factor, down.index(stage).permute((1, 0)), sums, is_async=True)
         if MORE:
             more_sums = warpgroup_mma(factor, more_down.index(stage).permute((1, 0)), more_sums, is_async=True)
@@ -150,7 +145,7 @@ def _compute(
     stage = (num_steps - 1) % STAGES
     bias = gl.load(bias_at + (num_steps - 1) * HIDDEN).to(gl.float32)
     factor = activate(hidden, bias[None, :], ACTIVATION, True).to(rows.dtype)
-    factor = gl.convert_layout(factor, factor_layout)
+    factor = gl.convert_layout(factor, factor_layout(WIDTH))
     sums = warpgroup_mma(factor, down.index(stage).permute((1, 0)), sums, is_async=True)
     if MORE:
         more_sums = warpgroup_mma(factor, more_down.index(stage).permute((1, 0)), more_sums, is_async=True)
@@ -215,11 +210,6 @@ def _narrow_mlp(
             [4, 4, 1],
             [COMPUTING, COMPUTING, READING],
         )
-
-
-def shared_layout(columns: int) -> Any:
-    """How a block of half precision lies in shared memory, whichever way it is multiplied."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * columns), element_bitwidth=16, rank=2)
 
 
 def blocks_of(width: int, hidden: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from mone.engine.kernels import attention_hopper, narrow_mlp_hopper
+from mone.engine.kernels.hopper import shared_layout
 from mone.engine.tilings import Tiling
 
 HALF = {f"{name}_ptr" for name in ("qkv", "out", "up_bias", "down_bias")}
@@ -26,7 +27,7 @@ def ptxas_on(kernel, constants, blocks=(), aligned=()):
     for name in kernel.arg_names:
         if name.endswith("_desc"):
             block = next(coming)
-            signature[name] = f"tensordesc<bf16{block},{narrow_mlp_hopper.shared_layout(block[1])!r}>"
+            signature[name] = f"tensordesc<bf16{block},{shared_layout(block[1])!r}>"
         else:
             signature[name] = "constexpr" if name in constants else TYPES.get(name, "i32")
     places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
