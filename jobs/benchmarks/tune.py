@@ -16,7 +16,7 @@ from mone.config import preset
 from mone.engine.fused import run_on_rows
 from mone.engine.graphs import captured
 from mone.engine.rows import runs_of
-from mone.engine.tilings import Tilings, default_tilings, keep, key_of, mean_share
+from mone.engine.tilings import Tilings, defaults_for, keep, key_of
 from mone.engine.tokens import Tokens
 from mone.engine.tuning import fastest
 from mone.model import ViViT
@@ -81,8 +81,7 @@ class Tune:
             with torch.inference_mode():
                 return _seconds(lambda: run_on_rows(blocks, tokens, segments, gain_LSN1, None, classes, tilings))
 
-        share, rows = mean_share(runs, config.dim), sequences * x_SND.shape[1]
-        start = default_tilings(torch.cuda.get_device_capability(device), share, rows)
+        start = defaults_for(device, runs, config.dim)
         best, _ = fastest(seconds, start, tqdm.write)
         before_s, after_s = seconds(start), seconds(best)  # again, side by side
         file = keep(key_of(device, runs, config.dim), best)

@@ -93,6 +93,10 @@ def _deeper(tilings: Tilings) -> Tilings:
     return tilings._replace(**{name: tiling._replace(inner=2 * tiling.inner) for name, tiling in products.items()})
 
 
+def _with_roles(tilings: Tilings) -> Tilings:
+    return tilings._replace(attention=tilings.attention._replace(roles=True))
+
+
 class _Card(NamedTuple):
     """Tilings for dense tokens, for nested ones of about 0.4 of the width or more, for narrower ones.
 
@@ -140,6 +144,8 @@ _HOPPER = _Card(
 )
 _DENSE_8 = Tilings(_FINE, _FINE, _FINE, _WIDE, _NARROW)
 _HOPPER_8 = _Card(*(_deeper(tilings)._replace(narrow=_NARROW_8) for tilings in _HOPPER._replace(dense=_DENSE_8)))
+_HOPPER_ROLES = _Card(*(_with_roles(tilings)._replace(narrow=NARROW_ROLES) for tilings in _HOPPER))
+_HOPPER_8_ROLES = _Card(*(_with_roles(tilings) for tilings in _HOPPER_8))
 # Never measured: what fits. A100 has 163 KB of shared memory for a program, L4 and other cards of its kind 99 KB.
 _LARGE = Tiling(128, 128, 64, 8, 3)
 _A100 = Tilings(*[_LARGE] * 4, narrow=((128, Tiling(128, 64, 64, 8, 2)),), attention=_ONLINE)
@@ -155,17 +161,18 @@ def tilings_for(device: torch.device, runs: tuple[Run, ...], dim: int, *, eight_
     """Those that were measured for this card and such a batch, else the card's defaults."""
     if found := chosen().get(key_of(device, runs, dim, eight_bits=eight_bits)):
         return found
-    rows = sum(run.stop - run.start for run in runs)
-    tilings = default_tilings(_capability(device), mean_share(runs, dim), rows, eight_bits=eight_bits)
-    return _with_roles(tilings, eight_bits=eight_bits) if gluon_runs(device) else tilings
+    return defaults_for(device, runs, dim, eight_bits=eight_bits)
 
 
-def _with_roles(tilings: Tilings, *, eight_bits: bool) -> Tilings:
-    narrow = tilings.narrow if eight_bits else NARROW_ROLES
-    return tilings._replace(narrow=narrow, attention=tilings.attention._replace(roles=True))
+def defaults_for(device: torch.device, runs: tuple[Run, ...], dim: int, *, eight_bits: bool = False) -> Tilings:
+    """What a device takes for such a batch where nothing was measured."""
+    rows, roles = sum(run.stop - run.start for run in runs), gluon_runs(device)
+    return default_tilings(_capability(device), mean_share(runs, dim), rows, eight_bits=eight_bits, roles=roles)
 
 
-def default_tilings(capability: tuple[int, int], share: float, num_rows: int, *, eight_bits: bool = False) -> Tilings:
+def default_tilings(
+    capability: tuple[int, int], share: float, num_rows: int, *, eight_bits: bool = False, roles: bool = False
+) -> Tilings:
     """Without measuring.
 
     Args:
@@ -173,9 +180,11 @@ def default_tilings(capability: tuple[int, int], share: float, num_rows: int, *,
         share: Mean width of the tokens as a share of the full width.
         num_rows: Tokens of the batch.
         eight_bits: Whether factors have 8 bits.
+        roles: Whether the kernels run whose warps have roles; on Hopper alone.
     """
     if capability >= (9, 0):
-        card = _HOPPER_8 if eight_bits else _HOPPER
+        plain, with_roles = (_HOPPER_8, _HOPPER_8_ROLES) if eight_bits else (_HOPPER, _HOPPER_ROLES)
+        card = with_roles if roles else plain
         if num_rows <= _FEWEST_ROWS:
             return card.fewest
         few = num_rows < _FEW_ROWS

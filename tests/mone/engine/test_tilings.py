@@ -85,5 +85,16 @@ def test_warps_have_roles_where_half_of_the_processors_have_a_program():
     assert tilings.narrow_of(193, 3072, 20000, 132) is None
 
 
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_roles_change_attention_and_narrow_experts_alone(eight_bits):
+    for share, rows in itertools.product((0.2, 0.4, 1.0), (100, 3000, 50_000)):
+        plain, roles = (
+            default_tilings((9, 0), share, rows, eight_bits=eight_bits, roles=roles) for roles in (False, True)
+        )
+        assert roles.narrow == (plain.narrow if eight_bits else NARROW_ROLES)
+        assert roles.attention == plain.attention._replace(roles=True) != plain.attention
+        assert roles[:4] == plain[:4]
+
+
 def test_the_mean_width_is_that_of_all_rows():
     assert mean_share(RUNS, 768) == pytest.approx((4 * 96 + 2 * 192 + 384 + 768) / 8 / 768)
