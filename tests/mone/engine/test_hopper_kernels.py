@@ -58,7 +58,7 @@ def test_products_run_beside_what_is_between_them(width, tiling, activation):
     assert "0 bytes spill stores" in said or activation == "gelu"
 
 
-@pytest.mark.parametrize("num_slots", [100, 197, 256])
+@pytest.mark.parametrize("num_slots", [100, 197, 240, 256])
 def test_scores_are_computed_beside_exponentials(num_slots):
     said = ptxas_on("attention", num_slots)
     assert "Compiling entry function '_attention' for 'sm_90a'" in said
@@ -67,7 +67,7 @@ def test_scores_are_computed_beside_exponentials(num_slots):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("num_slots", [65, 100, 138, 190, 197, 256])
+@pytest.mark.parametrize("num_slots", [65, 100, 138, 190, 197, 240, 256])
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, EIGHT_BITS)])
 @pytest.mark.parametrize("groups", [1, 40, 256])
 def test_attention_as_for_every_card(num_slots, dtypes, groups):
