@@ -37,10 +37,11 @@ def base():
 
 @CAPACITIES
 @pytest.mark.parametrize("num_class_tokens", [0, 1])
-def test_no_less_exact_than_dense_in_bfloat16(base, capacity, num_class_tokens):
+@pytest.mark.parametrize("sequences", [8, 256])  # of many, narrow experts and attention have kernels of their own
+def test_no_less_exact_than_dense_in_bfloat16(base, capacity, num_class_tokens, sequences):
     config, blocks = base.config, base.encoder.blocks
-    x_SND = torch.randn(8, config.num_tokens + 1, config.dim, device="cuda")
-    gain_LSN1 = (1 + torch.rand(config.depth, 8, config.num_tokens + 1, 1, device="cuda")).bfloat16()
+    x_SND = torch.randn(sequences, config.num_tokens + 1, config.dim, device="cuda")
+    gain_LSN1 = (1 + torch.rand(config.depth, sequences, config.num_tokens + 1, 1, device="cuda")).bfloat16()
 
     def error(engine, of):
         segments = segments_of(config.token_counts(of), config.widths, 1)
@@ -72,8 +73,9 @@ def test_products_in_eight_bits_are_some_percent_off(base, capacity):
 
 
 @CAPACITIES
-def test_a_batch_gives_the_same_bits_again(base, capacity):
-    patches = torch.randint(256, (4, 1, 196, base.config.patch_values), dtype=torch.uint8, device="cuda")
+@pytest.mark.parametrize("clips", [4, 256])
+def test_a_batch_gives_the_same_bits_again(base, capacity, clips):
+    patches = torch.randint(256, (clips, 1, 196, base.config.patch_values), dtype=torch.uint8, device="cuda")
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
         first, second = (base(patches, capacity).logits_BC for _ in range(2))
     assert torch.equal(first, second)
