@@ -29,7 +29,7 @@ from mone.engine.rows import Places
 # pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false, reportOperatorIssue=false
 
 # Heads that are computed and read at a time; registers of a thread that computes and of one that reads.
-_STAGES, _COMPUTING, _READING = 2, 232, 40
+_STAGES, _COMPUTING, _READING = 2, 224, 64
 
 
 @gluon.constexpr_function
@@ -102,6 +102,13 @@ def _inside(scores, num_slots, START: gl.constexpr, SIZE: gl.constexpr):
 
 
 @gluon.jit
+def _targets(write_ptr, first, num_slots):
+    """The rows that take what a tile's slots get, negative where none does."""
+    slot = first + gl.arange(0, 64, layout=gl.SliceLayout(1, memory_layout(64)))
+    return gl.load(write_ptr + slot, mask=slot < num_slots, other=-1)
+
+
+@gluon.jit
 def _store(ptr, target, stride, mixed):
     layout: gl.constexpr = memory_layout(64)
     feature = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
@@ -114,50 +121,45 @@ def _compute(
     work, heads_each, buffers, barriers,
     NUMBER: gl.constexpr, TILES: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Every second tile of queries."""
+    """Every second tile of queries, through all heads."""
     SIZES: gl.constexpr = _sizes(SLOTS)
     STARTS: gl.constexpr = _starts(SLOTS)
     BLOCKS: gl.constexpr = len(SIZES)
-    OWN: gl.constexpr = (TILES + 1 - NUMBER) // 2
     row_layout: gl.constexpr = gl.SliceLayout(1, product_layout(64))
-    target_layout: gl.constexpr = gl.SliceLayout(1, memory_layout(64))
     out_ptr, write_ptr, num_slots, stride, scale = work
     queries, keys, values = buffers
     full, empty = barriers
-    targets = ()
-    for index in gl.static_range(OWN):
-        slot = 64 * (NUMBER + 2 * index) + gl.arange(0, 64, layout=target_layout)
-        targets += (gl.load(write_ptr + slot, mask=slot < num_slots, other=-1).to(gl.int32),)
-    for head in range(heads_each):
+    # One loop: written out for each tile of a head, the code no longer fits into the processor's cache for it.
+    for turn in range(NUMBER, heads_each * TILES, 2):
+        head, tile = turn // TILES, turn % TILES
         stage = head % STAGES
+        target = _targets(write_ptr, 64 * tile, num_slots)
         mbarrier.wait(full.index(stage), head // STAGES % 2)
         fence_async_shared()
-        for index in gl.static_range(OWN):
-            query = queries.index(stage * TILES + NUMBER + 2 * index).load(factor_layout(64))
-            coming, scores = (), ()
-            for block in gl.static_range(BLOCKS):
-                coming += (_begin_scores(query, keys[block].index(stage), SIZES[block]),)
-            best = gl.full((64,), -float("inf"), gl.float32, layout=row_layout)
-            for block in gl.static_range(BLOCKS):
-                here = warpgroup_mma_wait(BLOCKS - 1 - block, deps=(coming[block],))
-                if block == 0:
-                    here = _inside(here, num_slots, STARTS[block], SIZES[block])
-                best = gl.maximum(best, gl.convert_layout(gl.max(here, axis=1), row_layout))
-                scores += (here,)
-            best *= scale
-            mixed = warpgroup_mma_init(gl.zeros((64, 64), gl.float32, layout=product_layout(64)))
-            total = gl.zeros((64,), gl.float32, layout=row_layout)
-            for block in gl.static_range(BLOCKS):
-                most = gl.convert_layout(best, gl.SliceLayout(1, product_layout(SIZES[block])))
-                weights = gl.exp2(scores[block] * scale - most[:, None])
-                factor = gl.convert_layout(weights.to(query.dtype), factor_layout(64))
-                mixed = warpgroup_mma(factor, values[block].index(stage), mixed, use_acc=block > 0, is_async=True)
-                total += gl.convert_layout(gl.sum(weights, axis=1), row_layout)
-            mixed = warpgroup_mma_wait(0, deps=(mixed,))
-            if index == OWN - 1:
-                mbarrier.arrive(empty.index(stage), count=1)
-            mixed *= (1.0 / total)[:, None]
-            _store(out_ptr + 64 * head, targets[index], stride, mixed)
+        query = queries.index(stage * TILES + tile).load(factor_layout(64))
+        coming, scores = (), ()
+        for block in gl.static_range(BLOCKS):
+            coming += (_begin_scores(query, keys[block].index(stage), SIZES[block]),)
+        best = gl.full((64,), -float("inf"), gl.float32, layout=row_layout)
+        for block in gl.static_range(BLOCKS):
+            here = warpgroup_mma_wait(BLOCKS - 1 - block, deps=(coming[block],))
+            if block == 0:
+                here = _inside(here, num_slots, STARTS[block], SIZES[block])
+            best = gl.maximum(best, gl.convert_layout(gl.max(here, axis=1), row_layout))
+            scores += (here,)
+        best *= scale
+        mixed = warpgroup_mma_init(gl.zeros((64, 64), gl.float32, layout=product_layout(64)))
+        total = gl.zeros((64,), gl.float32, layout=row_layout)
+        for block in gl.static_range(BLOCKS):
+            most = gl.convert_layout(best, gl.SliceLayout(1, product_layout(SIZES[block])))
+            weights = gl.exp2(scores[block] * scale - most[:, None])
+            factor = gl.convert_layout(weights.to(query.dtype), factor_layout(64))
+            mixed = warpgroup_mma(factor, values[block].index(stage), mixed, use_acc=block > 0, is_async=True)
+            total += gl.convert_layout(gl.sum(weights, axis=1), row_layout)
+        mixed = warpgroup_mma_wait(0, deps=(mixed,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        mixed *= (1.0 / total)[:, None]
+        _store(out_ptr + 64 * head, target, stride, mixed)
 
 
 @gluon.jit
@@ -180,7 +182,7 @@ def _attention(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=128)
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=TILES)
     buffers, barriers = (queries, keys, values), (full, empty)
     from_here = (qkv_ptr + first, read_ptr, num_slots, qkv_stride, num_heads * 64)
     to_here = (out_ptr + first, write_ptr, num_slots, out_stride, scale)
