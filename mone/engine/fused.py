@@ -3,7 +3,8 @@
 Tokens of all sequences are rows of one matrix, sorted by expert (`mone.engine.rows`). A block is seven launches:
 LayerNorm, projection to queries, keys and values, attention, projection out onto the residual stream, LayerNorm, and
 the two of the MLP. Each works on the rows of several experts: of all where few are narrow, else of the wide ones on one
-stream and of the narrow ones on another. For attention the two meet.
+stream and of the narrow ones on another. For attention the two meet. Beside it, each narrow expert has one launch for
+its MLP, and on Hopper two for its projections, each of which does the LayerNorm before or after it.
 
 The residual stream is in half precision, under autocast too, where the reference keeps it in float32: LayerNorm and the
 products that end on it move half as much.
@@ -69,16 +70,18 @@ class _Lanes(NamedTuple):
         wide: On the current stream.
         narrow: With the tiling of each MLP, the widest first.
         second: The stream of the narrow ones; None: there is one lane.
+        norm_inside: Whether the projections of the narrow ones do the LayerNorm before or after them too.
     """
 
     wide: tuple[Run, ...]
     narrow: dict[Run, Tiling]
     second: torch.cuda.Stream | None
+    norm_inside: bool
 
-    def each(self) -> list[tuple[torch.cuda.Stream | None, tuple[Run, ...]]]:
-        """Stream and runs of each lane; no stream is the current one."""
-        lanes = [(self.second, tuple(self.narrow)), (None, self.wide)]
-        return [(stream, runs) for stream, runs in lanes if runs]
+    def each(self) -> list[tuple[torch.cuda.Stream | None, tuple[Run, ...], bool]]:
+        """Stream and runs of each lane, and whether its LayerNorms are inside; no stream is the current one."""
+        lanes = [(self.second, tuple(self.narrow), self.norm_inside), (None, self.wide, False)]
+        return [lane for lane in lanes if lane[1]]
 
 
 def fits_kernels(blocks: nn.ModuleList, x_SKD: Tensor) -> bool:
@@ -109,7 +112,7 @@ def run_on_rows(
     buffers = _enter(blocks, tokens, runs, row_SN, eight_bits=eight_bits)
     gain_LR = gain_LSN1.new_zeros((len(blocks), num_rows(runs)), dtype=torch.float32)
     gain_LR.index_copy_(1, row_SN.flatten(), gain_LSN1.flatten(1).float())
-    places, lanes = places_of(row_SN, neighbours), _lanes(runs, buffers.hidden_RH.shape[1], tilings, device)
+    places, lanes = places_of(row_SN, neighbours), _lanes(runs, buffers, tilings)
     all_blocks = [cast(Block, block) for block in blocks]
     if lanes.second is not None:
         _make_factors(all_blocks, buffers.normal_RD.dtype)
@@ -151,11 +154,26 @@ def _enter(
     return buffers
 
 
-def _lanes(runs: tuple[Run, ...], hidden: int, tilings: Tilings, device: torch.device) -> _Lanes:
+def _lanes(runs: tuple[Run, ...], buffers: _Buffers, tilings: Tilings) -> _Lanes:
+    hidden, device = buffers.hidden_RH.shape[1], buffers.hidden_RH.device
     chosen = [(run, tilings.narrow_of(run.width, hidden, run.stop - run.start, num_processors(device))) for run in runs]
     narrow = {run: tiling for run, tiling in reversed(chosen) if tiling is not None}
     wide = tuple(run for run, tiling in chosen if tiling is None)
-    return _Lanes(wide, narrow, second_stream(device) if wide and narrow else None)
+    second = second_stream(device) if wide and narrow else None
+    return _Lanes(wide, narrow, second, norm_inside=_norm_fits_inside(narrow, buffers))
+
+
+def _norm_fits_inside(narrow: dict[Run, Tiling], buffers: _Buffers) -> bool:
+    """Whether kernels for it take all narrow runs: in half precision, where those of their MLPs have roles too."""
+    halves = buffers.normal_RD.dtype == buffers.head_RD.dtype
+    if not (narrow and halves and all(tiling.roles for tiling in narrow.values())):
+        return False
+    from mone.engine.kernels import norm_project_hopper, project_norm_hopper  # older Tritons have no Gluon
+
+    columns, inner = buffers.qkv_RX.shape[1], buffers.mixed_RD.shape[1]
+    return all(
+        norm_project_hopper.fits(run.width, columns) and project_norm_hopper.fits(run.width, inner) for run in narrow
+    )
 
 
 def _make_factors(blocks: list[Block], dtype: torch.dtype) -> None:
@@ -168,18 +186,47 @@ def _make_factors(blocks: list[Block], dtype: torch.dtype) -> None:
 def _block(block: Block, buffers: _Buffers, lanes: _Lanes, places: Places, gain_R: Tensor, tilings: Tilings) -> None:
     """`Block.forward`, in the buffers. The lanes meet for attention alone."""
     attention, dim = block.attention, buffers.head_RD.shape[1]
-    for stream, runs in lanes.each():
+    for stream, runs, norm_inside in lanes.each():
         with torch.cuda.stream(stream):
-            _norm(block.norm_attention, buffers, runs)
-            _project(attention.qkv, buffers.normal_RD, buffers.qkv_RX, runs, tilings.qkv, range(3 * dim))
+            if norm_inside:
+                _norm_project(block.norm_attention, attention.qkv, buffers, runs)
+            else:
+                _norm(block.norm_attention, buffers, runs)
+                _project(attention.qkv, buffers.normal_RD, buffers.qkv_RX, runs, tilings.qkv, range(3 * dim))
     join(lanes.second)
     attend_rows(buffers.qkv_RX, buffers.mixed_RD, places, attention.num_heads, attending=tilings.attention)
     fork(lanes.second)
-    for stream, runs in lanes.each():
+    for stream, runs, norm_inside in lanes.each():
         with torch.cuda.stream(stream):
-            _project_out(attention.out, buffers.mixed_RD, buffers.head_RD, runs, tilings.out)
-            _norm(block.norm_mlp, buffers, runs)
+            if norm_inside:
+                _project_norm(attention.out, block.norm_mlp, buffers, runs)
+            else:
+                _project_out(attention.out, buffers.mixed_RD, buffers.head_RD, runs, tilings.out)
+                _norm(block.norm_mlp, buffers, runs)
             _mlp(block.mlp, buffers, runs, lanes.narrow, gain_R, tilings)
+
+
+def _norm_project(norm: nn.LayerNorm, linear: nn.Linear, buffers: _Buffers, runs: tuple[Run, ...]) -> None:
+    """The stream to queries, keys and values, in one launch for each narrow expert."""
+    from mone.engine.kernels.norm_project_hopper import norm_project_hopper  # older Tritons have no Gluon
+
+    weight, columns = factor(linear.weight, buffers.head_RD.dtype), range(linear.out_features)
+    for run in runs:
+        norm_project_hopper(
+            *(*buffers[:3], norm.weight, norm.bias, norm.eps, weight, linear.bias, buffers.qkv_RX, run, columns)
+        )
+
+
+def _project_norm(linear: nn.Linear, norm: nn.LayerNorm, buffers: _Buffers, runs: tuple[Run, ...]) -> None:
+    """What attention gives onto the stream, and that normalised, in one launch for each narrow expert."""
+    from mone.engine.kernels.project_norm_hopper import project_norm_hopper  # older Tritons have no Gluon
+
+    weight = factor(linear.weight, buffers.mixed_RD.dtype)
+    for run in runs:
+        project_norm_hopper(
+            *(buffers.mixed_RD, weight, linear.bias, *buffers[:3], norm.weight, norm.bias, norm.eps),
+            *(buffers.normal_RD, run),
+        )
 
 
 def _mlp(

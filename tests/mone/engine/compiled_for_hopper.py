@@ -1,6 +1,8 @@
-"""Compile a kernel for Hopper, on any machine, and print what ptxas says of it.
+"""Compile a kernel for Hopper, on any machine, and print what ptxas says of it, and the shared memory that it takes.
 
 python -m tests.mone.engine.compiled_for_hopper mlp WIDTH ROWS COLUMNS STAGES ACTIVATION
+python -m tests.mone.engine.compiled_for_hopper norm_project WIDTH COLUMNS
+python -m tests.mone.engine.compiled_for_hopper project_norm WIDTH
 python -m tests.mone.engine.compiled_for_hopper attention SLOTS
 """
 
@@ -13,13 +15,15 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mone.engine.kernels import attention_hopper, narrow_mlp_hopper
+from mone.engine.kernels import attention_hopper, narrow_mlp_hopper, norm_project_hopper, project_norm_hopper
 from mone.engine.kernels.hopper import shared_layout
 from mone.engine.tilings import Tiling
 
-HALF = {f"{name}_ptr" for name in ("qkv", "out", "up_bias", "down_bias")}
-TYPES = {**dict.fromkeys(HALF, "*bf16"), "gain_ptr": "*fp32", "read_ptr": "*i64", "write_ptr": "*i64", "scale": "fp32"}
-ALIGNED = {*TYPES, "first_row", "num_steps", "stride", "qkv_stride", "out_stride"} - {"scale"}
+HALF = {f"{name}_ptr" for name in ("qkv", "out", "bias", "up_bias", "down_bias", "norm_weight", "norm_bias")}
+FLOAT = {f"{name}_ptr" for name in ("gain", "mean", "spread")}
+POINTERS = {**dict.fromkeys(HALF, "*bf16"), **dict.fromkeys(FLOAT, "*fp32"), "read_ptr": "*i64", "write_ptr": "*i64"}
+TYPES = {**POINTERS, "scale": "fp32", "eps": "fp32"}
+ALIGNED = {*POINTERS, "first_row", "column", "num_steps", "inner", "dim", "stride", "qkv_stride", "out_stride"}
 
 
 def ptxas_on(kernel, constants, blocks=(), aligned=()):
@@ -42,18 +46,41 @@ def ptxas_on(kernel, constants, blocks=(), aligned=()):
         file.write(compiled.asm["ptx"])
         file.flush()
         command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", file.name, "-o", "/dev/null"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return f"{said}{compiled.metadata.shared} bytes of shared memory"
+
+
+def aligned_width(width):
+    return {"width"} if width % 16 == 0 else ()
+
+
+def mlp(width, rows, columns, stages, activation):
+    tiling = Tiling(int(rows), int(columns), stages=int(stages), roles=True)
+    constants = narrow_mlp_hopper.constants_of(int(width), tiling, activation)
+    blocks = narrow_mlp_hopper.blocks_of(int(width), tiling.columns)
+    return ptxas_on(narrow_mlp_hopper._narrow_mlp, constants, blocks, aligned_width(int(width)))
+
+
+def norm_project(width, columns):
+    constants = norm_project_hopper.constants_of(int(width), int(columns))
+    blocks = norm_project_hopper.blocks_of(int(width))
+    return ptxas_on(norm_project_hopper._norm_project, constants, blocks, aligned_width(int(width)))
+
+
+def project_norm(width):
+    constants = project_norm_hopper.constants_of(int(width))
+    blocks = project_norm_hopper.blocks_of(int(width))
+    return ptxas_on(project_norm_hopper._project_norm, constants, blocks, aligned_width(int(width)))
+
+
+def attention(slots):
+    return ptxas_on(attention_hopper._attention, attention_hopper.constants_of(int(slots)))
 
 
 def main():
     what, *numbers = sys.argv[1:]
-    if what == "attention":
-        print(ptxas_on(attention_hopper._attention, attention_hopper.constants_of(int(numbers[0]))))
-        return
-    width, rows, columns, stages = map(int, numbers[:4])
-    constants = narrow_mlp_hopper.constants_of(width, Tiling(rows, columns, stages=stages, roles=True), numbers[4])
-    blocks = narrow_mlp_hopper.blocks_of(width, columns)
-    print(ptxas_on(narrow_mlp_hopper._narrow_mlp, constants, blocks, {"width"} if width % 16 == 0 else ()))
+    kernels = {"mlp": mlp, "norm_project": norm_project, "project_norm": project_norm, "attention": attention}
+    print(kernels[what](*numbers))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Kernels in Gluon: compiled for Hopper wherever Triton is, and run where there is one."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,19 +9,34 @@ import pytest
 import torch
 import triton
 
+from mone.engine import fused
+from mone.engine.blocks import run_on_layout
 from mone.engine.casts import EIGHT_BITS, factor
+from mone.engine.kernels import narrow_mlp_hopper as mlp_module
+from mone.engine.kernels import norm_project_hopper as norm_project_module
+from mone.engine.kernels import project_norm_hopper as project_norm_module
 from mone.engine.kernels.attention import attend_rows
+from mone.engine.kernels.gemm import grouped_gemm, scheduled
 from mone.engine.kernels.narrow_mlp import narrow_mlp, parts_of
 from mone.engine.kernels.narrow_mlp_hopper import narrow_mlp_hopper
-from mone.engine.rows import Places, num_rows, runs_of
+from mone.engine.kernels.norm import norm_rows
+from mone.engine.kernels.norm_project_hopper import norm_project_hopper
+from mone.engine.kernels.project_norm_hopper import project_norm_hopper
+from mone.engine.rows import Places, num_rows, runs_of, tiles_of
 from mone.engine.support import gluon_runs, knows_gluon_of
-from mone.engine.tilings import NARROW_ROLES, Attending, Tiling
+from mone.engine.tilings import NARROW_ROLES, Attending, Tiling, Tilings
+from mone.engine.tokens import Tokens
 from mone.nested import segments_of
+from tests.mone.conftest import small_config, small_model
 from tests.mone.engine import compiled_for_hopper
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIM, HIDDEN = 768, 768
 WIDTHS = (24, 48, 112, 17)
 TILINGS = [*NARROW_ROLES, *((width, tiling) for width, (_, tiling) in zip(WIDTHS, NARROW_ROLES, strict=True))]
+PLAIN = Tiling(64, 64, 64, 4, 2)
+# Bytes of shared memory that a program may have.
+ROOM = 232448
 
 
 def ptxas_on(*asked):
@@ -28,6 +44,32 @@ def ptxas_on(*asked):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", compiled_for_hopper.__name__, *map(str, asked)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def assert_compiled(said, kernel):
+    """With nothing serialized: else ptxas says that it has to do one product after the other."""
+    assert f"Compiling entry function '{kernel}' for 'sm_90a'" in said
+    assert "serialized" not in said
+    assert int(re.findall(r"(\d+) bytes of shared memory", said)[0]) <= ROOM
+
+
+def norm_then_project(head, mean, spread, norm_weight, norm_bias, eps, weight, bias, out, run, columns):
+    """`norm_project_hopper` of kernels for every card."""
+    normal = torch.empty_like(head)
+    norm_rows(head, mean, spread, norm_weight, norm_bias, eps, normal, (run,))
+    tiles = tiles_of((run,), [(columns.start, columns.stop)], [run.width], PLAIN.rows, PLAIN.columns)
+    grouped_gemm(normal, weight, bias, out, scheduled(tiles, PLAIN, head.device), tiling=PLAIN)
+
+
+def project_then_norm(rows, weight, bias, head, mean, spread, norm_weight, norm_bias, eps, out, run):
+    """`project_norm_hopper` of kernels for every card."""
+    tiles = tiles_of((run,), [(0, run.width)], [rows.shape[1]], PLAIN.rows, PLAIN.columns)
+    grouped_gemm(rows, weight, bias, head, scheduled(tiles, PLAIN, head.device), tiling=PLAIN, residual=True)
+    norm_rows(head, mean, spread, norm_weight, norm_bias, eps, out, (run,))
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @pytest.mark.parametrize(
@@ -51,18 +93,68 @@ def hopper():
 @pytest.mark.parametrize(("width", "tiling"), NARROW_ROLES)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_fast"])
 def test_products_run_beside_what_is_between_them(width, tiling, activation):
-    """Else ptxas says that it has to do one after the other; and registers have to be enough for the fast form."""
+    """Registers have to be enough for the fast form."""
     said = ptxas_on("mlp", width, tiling.rows, tiling.columns, tiling.stages, activation)
-    assert "Compiling entry function '_narrow_mlp' for 'sm_90a'" in said
-    assert "serialized" not in said
+    assert_compiled(said, "_narrow_mlp")
     assert "0 bytes spill stores" in said or activation == "gelu"
 
 
 @pytest.mark.parametrize("num_slots", [100, 197, 240, 256])
 def test_scores_are_computed_beside_exponentials(num_slots):
-    said = ptxas_on("attention", num_slots)
-    assert "Compiling entry function '_attention' for 'sm_90a'" in said
-    assert "serialized" not in said
+    assert_compiled(ptxas_on("attention", num_slots), "_attention")
+
+
+@pytest.mark.parametrize(("width", "columns"), [(24, 2304), (48, 1152), (96, 2304), (128, 3072), (192, 2304)])
+def test_norms_before_products_have_room(width, columns):
+    assert norm_project_module.fits(width, columns)
+    said = ptxas_on("norm_project", width, columns)
+    assert_compiled(said, "_norm_project")
+    assert "0 bytes spill stores" in said
+
+
+@pytest.mark.parametrize("width", [24, 48, 96, 128, 192])
+def test_norms_after_products_have_room(width):
+    assert project_norm_module.fits(width, DIM)
+    said = ptxas_on("project_norm", width)
+    assert_compiled(said, "_project_norm")
+    assert "0 bytes spill stores" in said
+
+
+def test_norms_beside_products_that_do_not_fit():
+    assert not norm_project_module.fits(193, 2304) and not project_norm_module.fits(256, 768)
+    assert not norm_project_module.fits(96, 576) and not project_norm_module.fits(96, 96)
+
+
+def stand_in(monkeypatch, module, kernel, seen):
+    """Run a kernel for every card in place of one for Hopper, whose name is that of its module."""
+    name = module.__name__.rpartition(".")[2]
+
+    def run(*arguments, tiling=None, **options):
+        seen.append(name)
+        kernel(*arguments, **({"tiling": PLAIN, **options} if tiling else {}))
+
+    monkeypatch.setattr(module, name, run)
+
+
+@pytest.mark.parametrize("num_class_tokens", [0, 1])
+@pytest.mark.parametrize("dim", [128, 64])  # three times 64 columns are no whole blocks
+def test_launches_of_narrow_experts(monkeypatch, num_class_tokens, dim):
+    seen, half = [], torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+    stand_in(monkeypatch, norm_project_module, norm_then_project, seen)
+    stand_in(monkeypatch, project_norm_module, project_then_norm, seen)
+    stand_in(monkeypatch, mlp_module, narrow_mlp, seen)
+    monkeypatch.setattr(fused, "num_processors", lambda _: 2)
+    config = small_config(dim=dim, num_heads=4)
+    blocks = small_model(config, alpha=0.5, dtype=torch.float32).to(DEVICE).encoder.blocks.requires_grad_(False)
+    x, gain = torch.randn(40, 13, dim).to(DEVICE), torch.rand(2, 40, 13, 1).to(DEVICE) + 1
+    segments = segments_of((5, 5, 1, 1), config.widths, 1)
+    tilings = Tilings(*[PLAIN] * 4, narrow=NARROW_ROLES)
+    options = {"num_class_tokens": num_class_tokens, "tilings": tilings}
+    actual = fused.run_on_rows(blocks, Tokens(x.to(half)), segments, gain, **options)
+    expected = run_on_layout(blocks, x, segments, gain)[:, -num_class_tokens:]
+    torch.testing.assert_close(actual.float(), expected, atol=2e-2, rtol=2e-2)
+    launches = ["norm_project_hopper"] * 2 + ["project_norm_hopper"] * 2 if dim == 128 else []
+    assert seen == (launches + ["narrow_mlp_hopper"] * 2) * (2 - num_class_tokens)
 
 
 @pytest.mark.gpu
@@ -81,8 +173,7 @@ def test_attention_as_for_every_card(num_slots, dtypes, groups):
     expected, actual = (torch.zeros(rows, heads * 64, device="cuda").to(wanted) for _ in range(2))
     attend_rows(qkv, expected, Places(read, write), heads, attending=Attending())
     attend_rows(qkv, actual, Places(read, write), heads, attending=Attending(roles=True))
-    error = (actual.double() - expected.double()).norm() / expected.double().norm()
-    assert error < (1e-3 if wanted == dtype else 1e-2)
+    assert relative_error(actual, expected) < (1e-3 if wanted == dtype else 1e-2)
     untouched = torch.ones(rows, dtype=torch.bool, device="cuda")
     untouched[write[write >= 0]] = False
     assert not actual[untouched].double().any()
@@ -103,13 +194,65 @@ def test_mlp_as_for_every_card(width, tiling, dtype, activation, count):
     up, down = (factor(weight, dtype) for weight in weights)
     up_bias, down_bias = (torch.randn(size, device="cuda", dtype=dtype) for size in (HIDDEN, DIM))
     gain, expected, actual = torch.rand(rows, device="cuda"), stream.clone(), stream.clone()
-    plain = Tiling(64, 64, 64, 4, 2)
-    narrow_mlp(*(x, up, up_bias, down, down_bias, expected, run, gain), tiling=plain, activation=activation)
+    narrow_mlp(*(x, up, up_bias, down, down_bias, expected, run, gain), tiling=PLAIN, activation=activation)
     narrow_mlp_hopper(*(x, up, up_bias, down, down_bias, actual, run, gain), tiling=tiling, activation=activation)
     own = slice(run.start, run.stop)
     torch.testing.assert_close(actual[own, :width], expected[own, :width], rtol=2e-2, atol=2e-2)
-    error = (actual[own, :width] - expected[own, :width]).double().norm() / expected[own, :width].double().norm()
-    assert error < 1e-3
+    assert relative_error(actual[own, :width], expected[own, :width]) < 1e-3
     actual[own, :width] = stream[own, :width]
     assert torch.equal(actual, stream)
     assert width <= sum(parts_of(width))
+
+
+def some_rows(width, count, dtype):
+    """The run of a narrow expert, where that of the next one begins, a stream, and what its LayerNorm takes."""
+    torch.manual_seed(width + count)
+    runs = runs_of(segments_of((count, 3), (width, DIM)), 7)
+    rows = num_rows(runs)
+    stream = torch.randn(rows, DIM, device="cuda", dtype=dtype)
+    mean, spread = torch.randn(rows, device="cuda"), DIM * torch.rand(rows, device="cuda")
+    norm_weight, norm_bias = torch.randn(2, DIM, device="cuda", dtype=dtype)
+    return runs[0], runs[1].start, stream, (mean, spread, norm_weight, norm_bias, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("width", [96, 192, *WIDTHS])
+@pytest.mark.parametrize(("dtype", "columns"), [(torch.bfloat16, range(3 * DIM)), (torch.float16, range(DIM, 3 * DIM))])
+@pytest.mark.parametrize("count", [1, 5, 61, 120, 2500])  # of the last, programs have several tiles
+def test_norms_before_products_as_for_every_card(width, dtype, columns, count):
+    run, following, stream, norm = some_rows(width, count, dtype)
+    weight = factor(torch.randn(3 * DIM, DIM, device="cuda", dtype=dtype) / 16, dtype)
+    bias = torch.randn(3 * DIM, device="cuda", dtype=dtype)
+    before = torch.randn(len(stream), 3 * DIM, device="cuda", dtype=dtype)
+    expected, actual = before.clone(), before.clone()
+    norm_then_project(stream, *norm, weight, bias, expected, run, columns)
+    norm_project_hopper(stream, *norm, weight, bias, actual, run, columns)
+    own, among = slice(run.start, run.stop), slice(columns.start, columns.stop)
+    assert relative_error(actual[own, among], expected[own, among]) < 1e-3
+    actual[:following, among] = before[:following, among]
+    assert torch.equal(actual, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("width", [96, 192, *WIDTHS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 5, 61, 120, 2500])  # of the last, programs have several tiles
+def test_norms_after_products_as_for_every_card(width, dtype, count):
+    """For every card, what is added to the stream is rounded, and then the sum; here the sum alone."""
+    run, following, before, norm = some_rows(width, count, dtype)
+    x, normal_before = (torch.randn(len(before), DIM, device="cuda", dtype=dtype) for _ in range(2))
+    weight = factor(torch.randn(DIM, DIM, device="cuda", dtype=dtype) / 16, dtype)
+    bias = torch.randn(DIM, device="cuda", dtype=dtype)
+    expected, actual, expected_normal, actual_normal = (t.clone() for t in (before, normal_before) for _ in range(2))
+    project_then_norm(x, weight, bias, expected, *norm, expected_normal, run)
+    project_norm_hopper(x, weight, bias, actual, *norm, actual_normal, run)
+    norm_rows(actual, *norm, expected_normal, (run,))  # of the same stream
+    own, widest = slice(run.start, run.stop), sum(parts_of(width))
+    assert relative_error(actual[own, :width], expected[own, :width]) < 5e-3
+    assert relative_error(actual_normal[own, :width], expected_normal[own, :width]) < 1e-3
+    assert not actual_normal[own, width:widest].any()
+    for written, untouched in ((actual, before), (actual_normal, normal_before)):
+        written[:following, :widest] = untouched[:following, :widest]
+        assert torch.equal(written, untouched)
