@@ -123,7 +123,7 @@ _NARROW = (
     (192, Tiling(128, 64, 64, 8, 2)),
 )
 NARROW_ROLES = (
-    *[(96, tiling) for tiling in (Tiling(128, 128, stages=3, roles=True), Tiling(192, 64, stages=3, roles=True))],
+    *[(96, tiling) for tiling in (Tiling(128, 64, stages=3, roles=True), Tiling(192, 64, stages=3, roles=True))],
     *[(widest, Tiling(128, 64, stages=3, roles=True)) for widest in (128, 192)],
 )
 _NARROW_8 = (

@@ -9,6 +9,7 @@ Shapes: R rows, D model features, H hidden features.
 
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -23,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mone.engine.casts import Factor
+from mone.engine.casts import Factor, cast
 from mone.engine.kernels.gelu import activate
 from mone.engine.kernels.hopper import GROUP, factor_layout, memory_layout, product_layout, shared_layout
 from mone.engine.kernels.narrow_mlp import parts_of
@@ -35,6 +36,10 @@ from mone.engine.tilings import Tiling
 
 # Registers of a thread that computes and of one that reads, by the number of groups.
 _REGISTERS = {2: (232, 40), 3: (160, 24)}
+
+# Forms of GELU that get their bias in float32: two values of 16 bits are taken apart, and so waited for, as soon as
+# they are loaded. The error function leaves no registers for it.
+FULL_BIAS = ("gelu_fast", "gelu_tanh_fast")
 
 
 @gluon.jit
@@ -110,8 +115,7 @@ def _compute(
     zero = gl.zeros((ROWS, HIDDEN), gl.float32, layout=hidden_layout)
     sums = warpgroup_mma_init(gl.zeros((ROWS, WIDTH), gl.float32, layout=product_layout(WIDTH)))
     bias_at = up_bias_ptr + gl.arange(0, HIDDEN, layout=gl.SliceLayout(0, hidden_layout))
-    # Where there are registers for it, the bias is loaded a step ahead.
-    AHEAD: gl.constexpr = HIDDEN < 128
+    # A step ahead.
     coming_bias = gl.load(bias_at)
     mbarrier.wait(rows_full, 0)
     own = rows.index(NUMBER).load(factor_layout(HIDDEN))
@@ -124,11 +128,8 @@ def _compute(
     # All products end within a step: ptxas lets none run on from one into the next.
     for step in range(num_steps - 1):
         stage, following = step % STAGES, (step + 1) % STAGES
-        if AHEAD:
-            bias = coming_bias.to(gl.float32)
-            coming_bias = gl.load(bias_at + (step + 1) * HIDDEN)
-        else:
-            bias = gl.load(bias_at + step * HIDDEN).to(gl.float32)
+        bias = coming_bias.to(gl.float32)
+        coming_bias = gl.load(bias_at + (step + 1) * HIDDEN)
         mbarrier.wait(full.index(following), (step + 1) // STAGES % 2)
         coming = _hidden(own, more_own, up, more_up, zero, following, MORE)
         factor = activate(hidden, bias[None, :], ACTIVATION, True).to(rows.dtype)
@@ -143,8 +144,7 @@ def _compute(
         sums = warpgroup_mma_init(sums)
         mbarrier.arrive(empty.index(stage), count=1)
     stage = (num_steps - 1) % STAGES
-    bias = gl.load(bias_at + (num_steps - 1) * HIDDEN).to(gl.float32)
-    factor = activate(hidden, bias[None, :], ACTIVATION, True).to(rows.dtype)
+    factor = activate(hidden, coming_bias.to(gl.float32)[None, :], ACTIVATION, True).to(rows.dtype)
     factor = gl.convert_layout(factor, factor_layout(WIDTH))
     sums = warpgroup_mma(factor, down.index(stage).permute((1, 0)), sums, is_async=True)
     if MORE:
@@ -259,6 +259,8 @@ def narrow_mlp_hopper(
         tiling: Rows (128 or 192) and hidden features of a block, and blocks of weights that are on their way.
         activation: One of `gelu.FORMS`.
     """
+    if activation in FULL_BIAS:
+        up_H = cast(up_H, torch.float32)
     tensors = (rows_RD, up.values, down.values) * 2
     blocks = blocks_of(run.width, tiling.columns)
     descriptors = [

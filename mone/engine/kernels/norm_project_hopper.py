@@ -9,6 +9,7 @@ Shapes: R rows, D model features, O output features.
 
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -22,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mone.engine.casts import Factor
+from mone.engine.casts import Factor, cast
 from mone.engine.kernels.gemm import num_processors
 from mone.engine.kernels.hopper import GROUP, factor_layout, product_layout, shared_layout
 from mone.engine.kernels.narrow_mlp import parts_of
@@ -91,7 +92,7 @@ def _project(
         own = gl.convert_layout(head.to(rows.dtype), factor_layout(COLUMNS))
         more_own = gl.convert_layout(more_head.to(rows.dtype), factor_layout(COLUMNS))
         for chunk in range(CHUNKS):
-            bias = gl.load(bias_at + chunk * COLUMNS).to(gl.float32)
+            bias = gl.load(bias_at + chunk * COLUMNS)
             mbarrier.wait(kept.index(chunk), 0)
             sums = warpgroup_mma(own, weights.index(chunk).permute((1, 0)), zero, use_acc=False, is_async=True)
             if MORE:
@@ -218,7 +219,7 @@ def norm_project_hopper(
     programs = min(num_processors(head_RD.device) // num_shares, tiles)
     _norm_project[(programs * num_shares,)](
         *descriptors,
-        *(bias_O, tail_mean_R, tail_spread_R, norm_weight_D, norm_bias_D),
+        *(cast(bias_O, torch.float32), tail_mean_R, tail_spread_R, norm_weight_D, norm_bias_D),
         *(run.start, run.stop, columns.start, num_shares, run.width, len(norm_weight_D), eps),
         **constants,
         num_warps=4,

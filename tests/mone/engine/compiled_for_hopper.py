@@ -26,14 +26,14 @@ TYPES = {**POINTERS, "scale": "fp32", "eps": "fp32"}
 ALIGNED = {*POINTERS, "first_row", "column", "num_steps", "inner", "dim", "stride", "qkv_stride", "out_stride"}
 
 
-def ptxas_on(kernel, constants, blocks=(), aligned=()):
-    coming, signature = iter(blocks), {}
+def ptxas_on(kernel, constants, blocks=(), aligned=(), types=None):
+    coming, signature, types = iter(blocks), {}, {**TYPES, **(types or {})}
     for name in kernel.arg_names:
         if name.endswith("_desc"):
             block = next(coming)
             signature[name] = f"tensordesc<bf16{block},{shared_layout(block[1])!r}>"
         else:
-            signature[name] = "constexpr" if name in constants else TYPES.get(name, "i32")
+            signature[name] = "constexpr" if name in constants else types.get(name, "i32")
     places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
     source = GluonASTSource(
         kernel,
@@ -58,13 +58,15 @@ def mlp(width, rows, columns, stages, activation):
     tiling = Tiling(int(rows), int(columns), stages=int(stages), roles=True)
     constants = narrow_mlp_hopper.constants_of(int(width), tiling, activation)
     blocks = narrow_mlp_hopper.blocks_of(int(width), tiling.columns)
-    return ptxas_on(narrow_mlp_hopper._narrow_mlp, constants, blocks, aligned_width(int(width)))
+    types = {"up_bias_ptr": "*fp32"} if activation in narrow_mlp_hopper.FULL_BIAS else {}
+    return ptxas_on(narrow_mlp_hopper._narrow_mlp, constants, blocks, aligned_width(int(width)), types)
 
 
 def norm_project(width, columns):
     constants = norm_project_hopper.constants_of(int(width), int(columns))
     blocks = norm_project_hopper.blocks_of(int(width))
-    return ptxas_on(norm_project_hopper._norm_project, constants, blocks, aligned_width(int(width)))
+    kernel = norm_project_hopper._norm_project
+    return ptxas_on(kernel, constants, blocks, aligned_width(int(width)), {"bias_ptr": "*fp32"})
 
 
 def project_norm(width):
