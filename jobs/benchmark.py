@@ -15,6 +15,7 @@ from jobs.benchmarks.annotate import AnnotateSpeed
 from jobs.benchmarks.control import ControlPath
 from jobs.benchmarks.cpu import CpuSpeed
 from jobs.benchmarks.focus import Focus
+from jobs.benchmarks.kernels import Kernels
 from jobs.benchmarks.model import ModelSpeed
 from jobs.benchmarks.pipeline import PipelineSpeed
 from jobs.benchmarks.precision import Precision
@@ -30,6 +31,7 @@ BENCHMARKS: dict[str, Any] = {
     "cpu": CpuSpeed,
     "train": TrainSpeed,
     "scaling": Scaling,
+    "kernels": Kernels,
     "tune": Tune,
     "precision": Precision,
     "focus": Focus,

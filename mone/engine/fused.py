@@ -160,19 +160,19 @@ def _lanes(runs: tuple[Run, ...], buffers: _Buffers, tilings: Tilings) -> _Lanes
     narrow = {run: tiling for run, tiling in reversed(chosen) if tiling is not None}
     wide = tuple(run for run, tiling in chosen if tiling is None)
     second = second_stream(device) if wide and narrow else None
-    return _Lanes(wide, narrow, second, norm_inside=_norm_fits_inside(narrow, buffers))
+    norm_inside = tilings.norm_inside and _norm_fits_inside(tuple(narrow), buffers)
+    return _Lanes(wide, narrow, second, norm_inside)
 
 
-def _norm_fits_inside(narrow: dict[Run, Tiling], buffers: _Buffers) -> bool:
-    """Whether kernels for it take all narrow runs: in half precision, where those of their MLPs have roles too."""
-    halves = buffers.normal_RD.dtype == buffers.head_RD.dtype
-    if not (narrow and halves and all(tiling.roles for tiling in narrow.values())):
+def _norm_fits_inside(runs: tuple[Run, ...], buffers: _Buffers) -> bool:
+    """Whether the kernels for it take all of these runs; in half precision alone."""
+    if buffers.normal_RD.dtype != buffers.head_RD.dtype:
         return False
     from mone.engine.kernels import norm_project_hopper, project_norm_hopper  # older Tritons have no Gluon
 
     columns, inner = buffers.qkv_RX.shape[1], buffers.mixed_RD.shape[1]
     return all(
-        norm_project_hopper.fits(run.width, columns) and project_norm_hopper.fits(run.width, inner) for run in narrow
+        norm_project_hopper.fits(run.width, columns) and project_norm_hopper.fits(run.width, inner) for run in runs
     )
 
 

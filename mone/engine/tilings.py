@@ -63,6 +63,8 @@ class Tilings(NamedTuple):
         narrow: For MLPs in one launch, (largest width, tiling) by width, with a choice of tilings for some; wider
             experts take two launches.
         attention: Attention.
+        norm_inside: Whether experts whose MLP is one launch have the LayerNorms before and after their other products
+            done there, where the kernels for that, whose warps have roles, take them.
     """
 
     qkv: Tiling
@@ -71,6 +73,7 @@ class Tilings(NamedTuple):
     down: Tiling
     narrow: tuple[tuple[int, Tiling], ...] = ()
     attention: Attending = Attending()
+    norm_inside: bool = False
 
     def narrow_of(self, width: int, num_hidden: int, num_rows: int, processors: int) -> Tiling | None:
         """The tiling of an expert whose MLP is one launch: of those for its width the one that keeps a card busiest.
@@ -94,7 +97,7 @@ def _deeper(tilings: Tilings) -> Tilings:
 
 
 def _with_roles(tilings: Tilings) -> Tilings:
-    return tilings._replace(attention=tilings.attention._replace(roles=True))
+    return tilings._replace(attention=tilings.attention._replace(roles=True), norm_inside=True)
 
 
 class _Card(NamedTuple):
@@ -164,9 +167,11 @@ def tilings_for(device: torch.device, runs: tuple[Run, ...], dim: int, *, eight_
     return defaults_for(device, runs, dim, eight_bits=eight_bits)
 
 
-def defaults_for(device: torch.device, runs: tuple[Run, ...], dim: int, *, eight_bits: bool = False) -> Tilings:
-    """What a device takes for such a batch where nothing was measured."""
-    rows, roles = sum(run.stop - run.start for run in runs), gluon_runs(device)
+def defaults_for(
+    device: torch.device, runs: tuple[Run, ...], dim: int, *, eight_bits: bool = False, roles: bool = True
+) -> Tilings:
+    """What a device takes for such a batch where nothing was measured; if so asked, without kernels with roles."""
+    rows, roles = sum(run.stop - run.start for run in runs), roles and gluon_runs(device)
     return default_tilings(_capability(device), mean_share(runs, dim), rows, eight_bits=eight_bits, roles=roles)
 
 
@@ -250,7 +255,8 @@ def keep(key: str, tilings: Tilings) -> Path:
 def _decoded(value: dict) -> Tilings:
     narrow = tuple((widest, Tiling(*tiling)) for widest, tiling in value["narrow"])
     products = {name: Tiling(*value[name]) for name in ("qkv", "out", "up", "down")}
-    return Tilings(**products, narrow=narrow, attention=Attending(*value["attention"]))
+    attention, norm_inside = Attending(*value["attention"]), value["norm_inside"]
+    return Tilings(**products, narrow=narrow, attention=attention, norm_inside=norm_inside)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

@@ -42,6 +42,7 @@ _ATTENTION = (
 # In the order of their share of the time.
 CANDIDATES: dict[str, tuple[Any, ...]] = {
     "narrow": _NARROW,
+    "norm_inside": (True, False),
     "up": _PRODUCTS,
     "down": _PRODUCTS,
     "qkv": _PRODUCTS,

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import jobs.benchmark
+from jobs.benchmarks.kernels import variants_of
 from jobs.inputs import BUNDLED, BUNDLED_MODEL
 from mone.baselines import METHODS, capacities_of, sharing_weights, with_method
 from mone.checkpoint import save_checkpoint
 from mone.compute import clip_compute, training_flops
 from mone.config import ModelConfig, preset
+from mone.engine.tilings import default_tilings
 from mone.model import ViViT
 from pipelines.synthetic import MOTIONS
 from tests.conftest import TINY, run_job
@@ -211,7 +213,7 @@ def test_bad_options_of_precision(refused, options, names):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(jobs.benchmark.BENCHMARKS.keys() - {"control", "cpu", "pipeline", "scaling", "tune"})
+    "name", sorted(jobs.benchmark.BENCHMARKS.keys() - {"control", "cpu", "kernels", "pipeline", "scaling", "tune"})
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(refused, name):
@@ -229,8 +231,28 @@ def test_a_processor_is_timed_with_both_engines(measured):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_tilings_are_tuned_on_a_gpu_alone(refused):
-    refused("tune", names="there is none")
+@pytest.mark.parametrize("name", ["kernels", "tune"])
+def test_kernels_are_measured_on_a_gpu_alone(refused, name):
+    refused(name, names="there is none")
+
+
+def test_each_kernel_is_taken_away_once():
+    roles, plain = (default_tilings((9, 0), 0.4, 50_000, roles=roles) for roles in (True, False))
+    variants = variants_of(roles, plain, has_narrow=True)
+    assert len(set(variants.values())) == len(variants) == 7
+    assert variants["as it is"] == roles
+    assert variants["narrow MLPs whose warps have roles"].narrow == plain.narrow
+    assert list(variants_of(roles, plain, has_narrow=False)) == list(variants)[:3]
+    assert list(variants_of(plain, plain, has_narrow=True)) == [
+        "as it is", "attention of whole heads", "narrow MLPs in one launch", "all of these"
+    ]  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_what_kernels_are_worth(measured):
+    record = measured("kernels", "--capacity", "0.4", "1", "--batch-size", "2", "--repeats", "1")
+    assert {row["capacity"] for row in record["rows"]} == {0.4, 1.0}
+    assert all(row["times_slower"] == 1 for row in record["rows"] if row["without"] == "as it is")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mone.engine.kernels.hopper import factor_layout, memory_layout, product_layout, shared_layout
+from mone.engine.kernels.hopper import (
+    factor_layout,
+    make_barriers,
+    memory_layout,
+    product_layout,
+    shared_layout,
+)
 from mone.engine.rows import Places
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
@@ -178,11 +184,7 @@ def _attention(
     for block in gl.static_range(len(SIZES)):
         keys += (_buffer(qkv_ptr, STAGES, SIZES[block]),)
         values += (_buffer(qkv_ptr, STAGES, SIZES[block]),)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=128)
-        mbarrier.init(empty.index(stage), count=TILES)
+    full, empty = make_barriers(STAGES, 128), make_barriers(STAGES, TILES)
     buffers, barriers = (queries, keys, values), (full, empty)
     from_here = (qkv_ptr + first, read_ptr, num_slots, qkv_stride, num_heads * 64)
     to_here = (out_ptr + first, write_ptr, num_slots, out_stride, scale)

@@ -1,7 +1,13 @@
-"""How blocks of half precision lie for the products of Hopper, which four warps compute together, 64 rows at a time."""
+"""How blocks of half precision lie for the products of Hopper, which four warps compute together, 64 rows at a time.
+
+And the shared memory in which one warp leaves blocks for others, with the barriers that tell them.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
 GROUP = 64
 
@@ -28,3 +34,18 @@ def factor_layout(columns):
 def memory_layout(columns):
     """On the way from and to memory: eight values of a thread side by side."""
     return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def make_buffers(desc, COUNT: gl.constexpr):
+    """Room for so many blocks of a descriptor."""
+    return gl.allocate_shared_memory(desc.dtype, [COUNT] + desc.block_type.shape, desc.layout)  # noqa: RUF005
+
+
+@gluon.jit
+def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """So many barriers, each of which opens when so many have arrived, and their bytes."""
+    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(COUNT):
+        mbarrier.init(made.index(place), count=ARRIVALS)
+    return made

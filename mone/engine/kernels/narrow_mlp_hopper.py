@@ -26,7 +26,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mone.engine.casts import Factor, cast
 from mone.engine.kernels.gelu import activate
-from mone.engine.kernels.hopper import GROUP, factor_layout, memory_layout, product_layout, shared_layout
+from mone.engine.kernels.hopper import (
+    GROUP,
+    factor_layout,
+    make_barriers,
+    make_buffers,
+    memory_layout,
+    product_layout,
+    shared_layout,
+)
 from mone.engine.kernels.narrow_mlp import parts_of
 from mone.engine.rows import Run
 from mone.engine.tilings import Tiling
@@ -158,10 +166,7 @@ def _compute(
 
 @gluon.jit
 def _buffers(rows_desc, up_desc, down_desc, GROUPS: gl.constexpr, STAGES: gl.constexpr):
-    rows = gl.allocate_shared_memory(rows_desc.dtype, [GROUPS] + rows_desc.block_type.shape, rows_desc.layout)  # noqa: RUF005
-    up = gl.allocate_shared_memory(up_desc.dtype, [STAGES] + up_desc.block_type.shape, up_desc.layout)  # noqa: RUF005
-    down = gl.allocate_shared_memory(down_desc.dtype, [STAGES] + down_desc.block_type.shape, down_desc.layout)  # noqa: RUF005
-    return rows, up, down
+    return make_buffers(rows_desc, GROUPS), make_buffers(up_desc, STAGES), make_buffers(down_desc, STAGES)
 
 
 @gluon.jit
@@ -175,13 +180,7 @@ def _narrow_mlp(
     more_rows, more_up, more_down = rows, up, down
     if MORE:
         more_rows, more_up, more_down = _buffers(more_rows_desc, more_up_desc, more_down_desc, GROUPS, STAGES)
-    rows_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(rows_full, count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=GROUPS)
+    rows_full, full, empty = make_barriers(1, 1).index(0), make_barriers(STAGES, 1), make_barriers(STAGES, GROUPS)
     fence_async_shared()
     row = first_row + gl.program_id(0) * GROUPS * rows_desc.block_type.shape[0]
     descriptors = (rows_desc, up_desc, down_desc, more_rows_desc, more_up_desc, more_down_desc)

@@ -25,7 +25,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mone.engine.casts import Factor, cast
 from mone.engine.kernels.gemm import num_processors
-from mone.engine.kernels.hopper import GROUP, factor_layout, product_layout, shared_layout
+from mone.engine.kernels.hopper import (
+    GROUP,
+    factor_layout,
+    make_barriers,
+    make_buffers,
+    product_layout,
+    shared_layout,
+)
 from mone.engine.kernels.narrow_mlp import parts_of
 from mone.engine.kernels.norm_hopper import WIDEST, load_tails, normal_of
 from mone.engine.rows import Run
@@ -106,13 +113,6 @@ def _project(
 
 
 @gluon.jit
-def _buffers(rows_desc, weight_desc, GROUPS: gl.constexpr, CHUNKS: gl.constexpr):
-    rows = gl.allocate_shared_memory(rows_desc.dtype, [GROUPS] + rows_desc.block_type.shape, rows_desc.layout)  # noqa: RUF005
-    shape: gl.constexpr = [CHUNKS] + weight_desc.block_type.shape  # noqa: RUF005
-    return rows, gl.allocate_shared_memory(weight_desc.dtype, shape, weight_desc.layout)
-
-
-@gluon.jit
 def _norm_project(
     rows_desc, weight_desc, more_rows_desc, more_weight_desc, out_desc,
     bias_ptr, mean_ptr, spread_ptr, norm_weight_ptr, norm_bias_ptr,
@@ -121,17 +121,12 @@ def _norm_project(
 ):  # fmt: skip
     COLUMNS: gl.constexpr = weight_desc.block_type.shape[0]
     WIDTH: gl.constexpr = weight_desc.block_type.shape[1]
-    rows, weights = _buffers(rows_desc, weight_desc, GROUPS, CHUNKS)
+    rows, weights = make_buffers(rows_desc, GROUPS), make_buffers(weight_desc, CHUNKS)
     more_rows, more_weights = rows, weights
     if MORE:
-        more_rows, more_weights = _buffers(more_rows_desc, more_weight_desc, GROUPS, CHUNKS)
-    staging = gl.allocate_shared_memory(out_desc.dtype, [GROUPS] + out_desc.block_type.shape, out_desc.layout)  # noqa: RUF005
-    kept = gl.allocate_shared_memory(gl.int64, [CHUNKS, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    for chunk in gl.static_range(CHUNKS):
-        mbarrier.init(kept.index(chunk), count=1)
-    for group in gl.static_range(GROUPS):
-        mbarrier.init(full.index(group), count=1)
+        more_rows, more_weights = make_buffers(more_rows_desc, GROUPS), make_buffers(more_weight_desc, CHUNKS)
+    staging = make_buffers(out_desc, GROUPS)
+    kept, full = make_barriers(CHUNKS, 1), make_barriers(GROUPS, 1)
     fence_async_shared()
     column += gl.program_id(0) % num_shares * CHUNKS * COLUMNS
     more_bytes: gl.constexpr = more_weight_desc.block_type.nbytes if MORE else 0

@@ -24,7 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mone.engine.casts import Factor
 from mone.engine.kernels.gemm import num_processors
-from mone.engine.kernels.hopper import GROUP, product_layout, shared_layout
+from mone.engine.kernels.hopper import GROUP, make_barriers, make_buffers, product_layout, shared_layout
 from mone.engine.kernels.narrow_mlp import parts_of
 from mone.engine.kernels.norm_hopper import WIDEST, load_tails, normal_of, vector_at
 from mone.engine.rows import Run
@@ -145,30 +145,18 @@ def _project(
 
 
 @gluon.jit
-def _buffer(desc, COUNT: gl.constexpr):
-    return gl.allocate_shared_memory(desc.dtype, [COUNT] + desc.block_type.shape, desc.layout)  # noqa: RUF005
-
-
-@gluon.jit
 def _project_norm(
     rows_desc, weight_desc, stream_desc, normal_desc, more_weight_desc, more_stream_desc, more_normal_desc,
     bias_ptr, mean_ptr, spread_ptr, norm_weight_ptr, norm_bias_ptr, first_row, stop, inner, width, dim, eps,
     GROUPS: gl.constexpr, MORE: gl.constexpr, STAGES: gl.constexpr, COMPUTING: gl.constexpr, READING: gl.constexpr,
 ):  # fmt: skip
-    rows, weights = _buffer(rows_desc, STAGES * GROUPS), _buffer(weight_desc, STAGES)
-    stream, normal = _buffer(stream_desc, GROUPS), _buffer(normal_desc, GROUPS)
+    rows, weights = make_buffers(rows_desc, STAGES * GROUPS), make_buffers(weight_desc, STAGES)
+    stream, normal = make_buffers(stream_desc, GROUPS), make_buffers(normal_desc, GROUPS)
     more_weights, more_stream, more_normal = weights, stream, normal
     if MORE:
-        more_weights = _buffer(more_weight_desc, STAGES)
-        more_stream, more_normal = _buffer(more_stream_desc, GROUPS), _buffer(more_normal_desc, GROUPS)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    there = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=GROUPS)
-    for group in gl.static_range(GROUPS):
-        mbarrier.init(there.index(group), count=1)
+        more_weights = make_buffers(more_weight_desc, STAGES)
+        more_stream, more_normal = make_buffers(more_stream_desc, GROUPS), make_buffers(more_normal_desc, GROUPS)
+    full, empty, there = make_barriers(STAGES, 1), make_barriers(STAGES, GROUPS), make_barriers(GROUPS, 1)
     fence_async_shared()
     buffers, span = (rows, weights, more_weights), (first_row, stop, inner)
     results = (stream_desc, more_stream_desc, normal_desc, more_normal_desc)

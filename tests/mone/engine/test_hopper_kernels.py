@@ -137,8 +137,8 @@ def stand_in(monkeypatch, module, kernel, seen):
 
 
 @pytest.mark.parametrize("num_class_tokens", [0, 1])
-@pytest.mark.parametrize("dim", [128, 64])  # three times 64 columns are no whole blocks
-def test_launches_of_narrow_experts(monkeypatch, num_class_tokens, dim):
+@pytest.mark.parametrize(("dim", "asked"), [(128, True), (128, False), (64, True)])  # 3 x 64 are no whole blocks
+def test_launches_of_narrow_experts(monkeypatch, num_class_tokens, dim, asked):
     seen, half = [], torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
     stand_in(monkeypatch, norm_project_module, norm_then_project, seen)
     stand_in(monkeypatch, project_norm_module, project_then_norm, seen)
@@ -148,12 +148,12 @@ def test_launches_of_narrow_experts(monkeypatch, num_class_tokens, dim):
     blocks = small_model(config, alpha=0.5, dtype=torch.float32).to(DEVICE).encoder.blocks.requires_grad_(False)
     x, gain = torch.randn(40, 13, dim).to(DEVICE), torch.rand(2, 40, 13, 1).to(DEVICE) + 1
     segments = segments_of((5, 5, 1, 1), config.widths, 1)
-    tilings = Tilings(*[PLAIN] * 4, narrow=NARROW_ROLES)
+    tilings = Tilings(*[PLAIN] * 4, narrow=NARROW_ROLES, norm_inside=asked)
     options = {"num_class_tokens": num_class_tokens, "tilings": tilings}
     actual = fused.run_on_rows(blocks, Tokens(x.to(half)), segments, gain, **options)
     expected = run_on_layout(blocks, x, segments, gain)[:, -num_class_tokens:]
     torch.testing.assert_close(actual.float(), expected, atol=2e-2, rtol=2e-2)
-    launches = ["norm_project_hopper"] * 2 + ["project_norm_hopper"] * 2 if dim == 128 else []
+    launches = ["norm_project_hopper"] * 2 + ["project_norm_hopper"] * 2 if asked and dim == 128 else []
     assert seen == (launches + ["narrow_mlp_hopper"] * 2) * (2 - num_class_tokens)
 
 

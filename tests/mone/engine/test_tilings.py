@@ -93,6 +93,7 @@ def test_roles_change_attention_and_narrow_experts_alone(eight_bits):
         )
         assert roles.narrow == (plain.narrow if eight_bits else NARROW_ROLES)
         assert roles.attention == plain.attention._replace(roles=True) != plain.attention
+        assert roles.norm_inside > plain.norm_inside
         assert roles[:4] == plain[:4]
 
 
