@@ -62,11 +62,12 @@ def variants_of(start: Tilings, plain: Tilings, *, has_narrow: bool) -> dict[str
         plain: Where no kernel has warps with roles.
         has_narrow: Whether there are experts whose MLP is one launch.
     """
-    found = {
-        _AS_IT_IS: start,
-        "attention whose warps have roles": start._replace(attention=start.attention._replace(roles=False)),
-        "attention of whole heads": start._replace(attention=_ONLINE),
-    }
+    found = {_AS_IT_IS: start}
+    if start.attention.whole:
+        found |= {
+            "attention whose warps have roles": start._replace(attention=start.attention._replace(roles=False)),
+            "attention of whole heads": start._replace(attention=_ONLINE),
+        }
     if has_narrow:
         found |= {
             "LayerNorm beside products": start._replace(norm_inside=False),

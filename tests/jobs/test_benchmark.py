@@ -15,7 +15,7 @@ from mone.baselines import METHODS, capacities_of, sharing_weights, with_method
 from mone.checkpoint import save_checkpoint
 from mone.compute import clip_compute, training_flops
 from mone.config import ModelConfig, preset
-from mone.engine.tilings import default_tilings
+from mone.engine.tilings import Attending, default_tilings
 from mone.model import ViViT
 from pipelines.synthetic import MOTIONS
 from tests.conftest import TINY, run_job
@@ -243,6 +243,8 @@ def test_each_kernel_is_taken_away_once():
     assert variants["as it is"] == roles
     assert variants["narrow MLPs whose warps have roles"].narrow == plain.narrow
     assert list(variants_of(roles, plain, has_narrow=False)) == list(variants)[:3]
+    online = roles._replace(attention=Attending(whole=False, roles=True))
+    assert list(variants_of(online, plain, has_narrow=False)) == ["as it is"]
     assert list(variants_of(plain, plain, has_narrow=True)) == [
         "as it is", "attention of whole heads", "narrow MLPs in one launch", "all of these"
     ]  # fmt: skip
