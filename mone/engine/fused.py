@@ -3,8 +3,8 @@
 Tokens of all sequences are rows of one matrix, sorted by expert (`mone.engine.rows`). A block is seven launches:
 LayerNorm, projection to queries, keys and values, attention, projection out onto the residual stream, LayerNorm, and
 the two of the MLP. Each works on the rows of several experts: of all where few are narrow, else of the wide ones on one
-stream and of the narrow ones on another. For attention the two meet. Beside it, each narrow expert has one launch for
-its MLP, and on Hopper two for its projections, each of which does the LayerNorm before or after it.
+stream and of the narrow ones on another. For attention the two meet. A narrow expert has a launch of its own for its
+MLP, and on Hopper for either projection with the LayerNorm that goes with it.
 
 The residual stream is in half precision, under autocast too, where the reference keeps it in float32: LayerNorm and the
 products that end on it move half as much.

@@ -3,9 +3,13 @@
 And the shared memory in which one warp leaves blocks for others, with the barriers that tell them.
 """
 
+from collections.abc import Sequence
+
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
@@ -34,6 +38,14 @@ def factor_layout(columns):
 def memory_layout(columns):
     """On the way from and to memory: eight values of a thread side by side."""
     return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
+
+
+def descriptors_of(tensors: Sequence[Tensor], blocks: Sequence[list[int]]) -> list[TensorDescriptor]:
+    """How each tensor is read or written, in blocks of a size of its own."""
+    return [
+        TensorDescriptor.from_tensor(tensor, block, shared_layout(block[1]))
+        for tensor, block in zip(tensors, blocks, strict=True)
+    ]
 
 
 @gluon.jit

@@ -22,18 +22,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mone.engine.casts import Factor, cast
 from mone.engine.kernels.gelu import activate
 from mone.engine.kernels.hopper import (
     GROUP,
+    descriptors_of,
     factor_layout,
     make_barriers,
     make_buffers,
     memory_layout,
     product_layout,
-    shared_layout,
 )
 from mone.engine.kernels.narrow_mlp import parts_of
 from mone.engine.rows import Run
@@ -261,11 +260,7 @@ def narrow_mlp_hopper(
     if activation in FULL_BIAS:
         up_H = cast(up_H, torch.float32)
     tensors = (rows_RD, up.values, down.values) * 2
-    blocks = blocks_of(run.width, tiling.columns)
-    descriptors = [
-        TensorDescriptor.from_tensor(tensor, block, shared_layout(block[1]))
-        for tensor, block in zip(tensors, blocks, strict=True)
-    ]
+    descriptors = descriptors_of(tensors, blocks_of(run.width, tiling.columns))
     _narrow_mlp[(triton.cdiv(run.stop - run.start, tiling.rows),)](
         *descriptors,
         *(out_RD, up_H, down_D, gain_R, run.start, run.stop, len(up_H) // tiling.columns, run.width, out_RD.stride(0)),

@@ -21,17 +21,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mone.engine.casts import Factor, cast
 from mone.engine.kernels.gemm import num_processors
 from mone.engine.kernels.hopper import (
     GROUP,
+    descriptors_of,
     factor_layout,
     make_barriers,
     make_buffers,
     product_layout,
-    shared_layout,
 )
 from mone.engine.kernels.narrow_mlp import parts_of
 from mone.engine.kernels.norm_hopper import WIDEST, load_tails, normal_of
@@ -204,10 +203,7 @@ def norm_project_hopper(
         columns: Of the result; a number that `fits`.
     """
     tensors = (head_RD, weight.values, head_RD, weight.values, out_RO)
-    descriptors = [
-        TensorDescriptor.from_tensor(tensor, block, shared_layout(block[1]))
-        for tensor, block in zip(tensors, blocks_of(run.width), strict=True)
-    ]
+    descriptors = descriptors_of(tensors, blocks_of(run.width))
     constants = constants_of(run.width, len(columns))
     num_shares = len(columns) // (constants["CHUNKS"] * _COLUMNS)
     tiles = triton.cdiv(run.stop - run.start, GROUP)

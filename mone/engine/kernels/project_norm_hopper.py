@@ -20,11 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mone.engine.casts import Factor
 from mone.engine.kernels.gemm import num_processors
-from mone.engine.kernels.hopper import GROUP, make_barriers, make_buffers, product_layout, shared_layout
+from mone.engine.kernels.hopper import GROUP, descriptors_of, make_barriers, make_buffers, product_layout
 from mone.engine.kernels.narrow_mlp import parts_of
 from mone.engine.kernels.norm_hopper import WIDEST, load_tails, normal_of, vector_at
 from mone.engine.rows import Run
@@ -223,12 +222,7 @@ def project_norm_hopper(
         out_RD: What is normalised, in the same dtype; zero past the run's width, as far as its parts go.
         run: Rows of an expert, of a width that `fits`.
     """
-    rows, stream, normal = (rows_RI, head_RD, out_RD)
-    tensors = (rows, *(weight.values, stream, normal) * 2)
-    descriptors = [
-        TensorDescriptor.from_tensor(tensor, block, shared_layout(block[1]))
-        for tensor, block in zip(tensors, blocks_of(run.width), strict=True)
-    ]
+    descriptors = descriptors_of((rows_RI, *(weight.values, head_RD, out_RD) * 2), blocks_of(run.width))
     constants = constants_of(run.width)
     tiles = triton.cdiv(run.stop - run.start, GROUP * constants["GROUPS"])
     _project_norm[(min(num_processors(rows_RI.device), tiles),)](
