@@ -20,13 +20,11 @@ from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mone.blocks import MLP, Block, Neighbours
-from mone.engine.blocks import finish
 from mone.engine.casts import EIGHT_BITS, factor
-from mone.engine.casts import cast as cast_weight
+from mone.engine.class_tokens import class_tokens
 from mone.engine.kernels.attention import attend_rows
 from mone.engine.kernels.enter import enter_rows
 from mone.engine.kernels.gelu import form_of
@@ -37,7 +35,7 @@ from mone.engine.layout import from_layout
 from mone.engine.rows import Places, Run, num_rows, places_of, row_of_token, runs_of, tiles_of
 from mone.engine.streams import fork, join, second_stream
 from mone.engine.support import compute_dtype
-from mone.engine.tilings import Tiling, Tilings, tilings_for
+from mone.engine.tilings import FEWEST_ROWS, Tiling, Tilings, tilings_for
 from mone.engine.tokens import Tokens
 from mone.nested import Segments
 
@@ -117,13 +115,18 @@ def run_on_rows(
     if lanes.second is not None:
         _make_factors(all_blocks, buffers.normal_RD.dtype)
     fork(lanes.second)
-    for block, gain_R in zip(all_blocks[:-1] if num_class_tokens else all_blocks, gain_LR, strict=False):
+    # Of few rows a whole block is done sooner than the many small steps that do less.
+    shortens = bool(num_class_tokens) and len(buffers.head_RD) > FEWEST_ROWS
+    for block, gain_R in zip(all_blocks[: len(all_blocks) - shortens], gain_LR, strict=False):
         _block(block, buffers, lanes, places, gain_R, tilings)
     join(lanes.second)
     if num_class_tokens:
-        rows_SC = row_SN[:, -num_class_tokens:]
-        gain_SC1 = gain_LSN1[-1, :, -num_class_tokens:]
-        return _class_tokens(all_blocks[-1], buffers, runs, places, gain_SC1, rows_SC, tilings).to(wanted)
+        rows_SC, gain_SC1 = row_SN[:, -num_class_tokens:], gain_LSN1[-1, :, -num_class_tokens:]
+        if not shortens:
+            return buffers.head_RD[rows_SC].to(wanted)
+        _norm(all_blocks[-1].norm_attention, buffers, runs)
+        outputs = (buffers.head_RD, buffers.normal_RD, runs, places, gain_SC1, rows_SC)
+        return class_tokens(all_blocks[-1], *outputs).to(wanted)
     heads = [
         buffers.head_RD[run.start : run.stop, : run.width].unflatten(0, (num_sequences, run.count)).to(wanted)
         for run in runs
@@ -260,27 +263,6 @@ def _kernel_of(tiling: Tiling) -> Callable[..., None]:
     from mone.engine.kernels.narrow_mlp_hopper import narrow_mlp_hopper  # older Tritons have no Gluon
 
     return narrow_mlp_hopper
-
-
-def _class_tokens(
-    block: Block,
-    buffers: _Buffers,
-    runs: tuple[Run, ...],
-    places: Places,
-    gain_SC1: Tensor,
-    rows_SC: Tensor,
-    tilings: Tilings,
-) -> Tensor:
-    """`Block.forward` of the class tokens, which fill the last slot of each group; of the others, keys and values."""
-    attention, dim, rows = block.attention, buffers.head_RD.shape[1], rows_SC.flatten()
-    dtype, qkv_RX = buffers.qkv_RX.dtype, buffers.qkv_RX
-    _norm(block.norm_attention, buffers, runs)
-    _project(attention.qkv, buffers.normal_RD, qkv_RX, runs, tilings.qkv, range(dim, 3 * dim))
-    weight_OD, bias_O = cast_weight(attention.qkv.weight, dtype), cast_weight(attention.qkv.bias, dtype)
-    own_XD = buffers.normal_RD[rows, :dim].to(dtype)
-    qkv_RX[:, :dim].index_copy_(0, rows, F.linear(own_XD, weight_OD[:dim], bias_O[:dim]))
-    attend_rows(qkv_RX, buffers.mixed_RD, places, attention.num_heads, first_query=places.read_GM.shape[1] - 1)
-    return finish(block, buffers.head_RD[rows_SC], buffers.mixed_RD[rows_SC].to(dtype), gain_SC1)
 
 
 def _norm(norm: nn.LayerNorm, buffers: _Buffers, runs: tuple[Run, ...]) -> None:

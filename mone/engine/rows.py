@@ -44,6 +44,13 @@ def num_rows(runs: tuple[Run, ...]) -> int:
     return _aligned(runs[-1].stop)
 
 
+@functools.lru_cache(maxsize=256)
+def table_of(runs: tuple[Run, ...], device: torch.device) -> Tensor:
+    """First row, end and width of each run, int32 [E, 3]."""
+    with torch.inference_mode(False):
+        return torch.tensor([run[:3] for run in runs], dtype=torch.int32, device=device)
+
+
 def row_of_token(runs: tuple[Run, ...], num_sequences: int, device: torch.device) -> Tensor:
     """The row of each token, int64 [S, N]."""
     rows = [torch.arange(run.start, run.stop, device=device).view(num_sequences, run.count) for run in runs]

@@ -157,7 +157,7 @@ _L4 = Tilings(*[_SMALL] * 4, narrow=((64, Tiling(64, 64, 64, 4, 2)),), attention
 _L4_8 = _deeper(_L4)
 # Of the full width: from which on tokens are as good as dense, and from which on wide tiles fill the card.
 _DENSE_SHARE, _NESTED_SHARE = 0.75, 0.38
-_FEW_ROWS, _FEWEST_ROWS = 8192, 512
+_FEW_ROWS, FEWEST_ROWS = 8192, 512
 
 
 def tilings_for(device: torch.device, runs: tuple[Run, ...], dim: int, *, eight_bits: bool = False) -> Tilings:
@@ -190,7 +190,7 @@ def default_tilings(
     if capability >= (9, 0):
         plain, with_roles = (_HOPPER_8, _HOPPER_8_ROLES) if eight_bits else (_HOPPER, _HOPPER_ROLES)
         card = with_roles if roles else plain
-        if num_rows <= _FEWEST_ROWS:
+        if num_rows <= FEWEST_ROWS:
             return card.fewest
         few = num_rows < _FEW_ROWS
         if share >= _DENSE_SHARE:

@@ -3,7 +3,7 @@
 Short groups: a program takes one head of a group after the other, all of its keys, values and queries at once, read
 while the head before is computed; no maximum is ever revised. Where the rows lie is looked up once for all heads.
 
-Long groups, and a few queries: a program has one head and one block of queries, and goes through keys and values block
+Long groups: a program has one head and one block of queries, and goes through keys and values block
 by block.
 
 Shapes: R rows, G groups, M slots of a group, D model features, k features of a head.
@@ -22,7 +22,7 @@ from mone.engine.tilings import Attending
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 LARGEST_WHOLE = 256
-_LONG, _FEW = Attending(64, 64, 4, 3, whole=False), Attending(16, 64, 4, 3, whole=False)
+_LONG = Attending(64, 64, 4, 3, whole=False)
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _mix(query, keys, values, inside, best, total, mixed, scale, MASKED: tl.cons
 @triton.jit
 def _attention(
     qkv_ptr, out_ptr, read_ptr, write_ptr,
-    num_slots, num_heads, num_blocks, first_query, qkv_stride, out_stride, scale,
+    num_slots, num_heads, num_blocks, qkv_stride, out_stride, scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -70,7 +70,7 @@ def _attention(
     feature = head * FEATURES + tl.arange(0, FEATURES)
     read_ptr += group.to(tl.int64) * num_slots
     write_ptr += group.to(tl.int64) * num_slots
-    slot = first_query + block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    slot = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     query = _load(qkv_ptr + feature[None, :], read_ptr, slot, num_slots, qkv_stride, True)
     best = tl.full((BLOCK_Q,), -float("inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
@@ -162,7 +162,6 @@ def attend_rows(
     places: Places,
     num_heads: int,
     *,
-    first_query: int = 0,
     attending: Attending | None = None,
 ) -> None:
     """Mix values: queries, keys and values side by side [R, 3 D] into out_RD.
@@ -172,15 +171,14 @@ def attend_rows(
         out_RD: Rows that places names are written.
         places: Which rows attend to each other.
         num_heads: h; D / h is a power of two of at least 16.
-        first_query: Slots before this one are keys and values alone.
         attending: How the work is cut; where it is not for such groups, a default is taken.
     """
     features = qkv_RX.shape[1] // 3 // num_heads
     num_groups, num_slots = places.read_GM.shape
     scale = 1.4426950408889634 * features**-0.5
     tensors, strides = (qkv_RX, out_RD, *places), (qkv_RX.stride(0), out_RD.stride(0))
-    if attending is None or first_query or (attending.whole and num_slots > LARGEST_WHOLE):
-        attending = _FEW if num_slots - first_query <= _FEW.block_q else _LONG
+    if attending is None or (attending.whole and num_slots > LARGEST_WHOLE):
+        attending = _LONG
     heads_each = _heads_each(num_groups, num_heads, qkv_RX.device)
     if attending.whole and attending.roles:
         from mone.engine.kernels import attention_hopper as hopper  # older Tritons have no Gluon
@@ -210,9 +208,9 @@ def attend_rows(
             num_warps=max(4, attending.warps * block_q // attending.block_q),
         )
     else:
-        blocks = triton.cdiv(num_slots - first_query, attending.block_q)
+        blocks = triton.cdiv(num_slots, attending.block_q)
         _attention[(blocks * num_heads * num_groups,)](
-            *(*tensors, num_slots, num_heads, blocks, first_query, *strides, scale),
+            *(*tensors, num_slots, num_heads, blocks, *strides, scale),
             **sizes,
             BLOCK_Q=attending.block_q,
             num_warps=attending.warps,

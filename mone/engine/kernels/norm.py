@@ -7,15 +7,12 @@ small batch no program has two.
 Shapes: R rows, D model features, E runs.
 """
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mone.engine.kernels.gemm import num_processors
-from mone.engine.rows import Run
+from mone.engine.rows import Run, table_of
 
 # Values that a program holds, its warps, and programs on a processor.
 VALUES, WARPS, PROGRAMS = 2048, 4, 4
@@ -38,19 +35,18 @@ def _load(head_ptr, mean_ptr, spread_ptr, row, column, stop, width, head_stride)
 def _norm_run(
     head_ptr, mean_ptr, spread_ptr, weight_ptr, bias_ptr, out_ptr, run_ptr,
     taken, dim, out_columns, head_stride, out_stride, eps,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    width: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Normalise the rows of this program's turns, the first turn being that of program `taken`; how many turns."""
     first = tl.load(run_ptr)
     stop = tl.load(run_ptr + 1)
-    width = tl.load(run_ptr + 2)
     num_programs = tl.num_programs(0)
     start = first + (tl.program_id(0) + num_programs - taken % num_programs) % num_programs * ROWS
     if start < stop:
         column = tl.arange(0, BLOCK)
         weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)
-        tail_share = (dim - width).to(tl.float32) / dim
+        tail_share = (dim - width) / dim
         step = num_programs * ROWS
         row = start + tl.arange(0, ROWS)
         coming, coming_mean, coming_spread = _load(
@@ -81,14 +77,14 @@ def _norm_run(
 def _norm(
     head_ptr, mean_ptr, spread_ptr, weight_ptr, bias_ptr, out_ptr, runs_ptr,
     dim, out_columns, head_stride, out_stride, eps,
-    BLOCKS: tl.constexpr, VALUES: tl.constexpr,
+    WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     taken = 0
     for index in tl.static_range(len(BLOCKS)):
         taken += _norm_run(
             head_ptr, mean_ptr, spread_ptr, weight_ptr, bias_ptr, out_ptr, runs_ptr + 3 * index,
             taken, dim, out_columns, head_stride, out_stride, eps,
-            BLOCKS[index], VALUES // BLOCKS[index],
+            WIDTHS[index], BLOCKS[index], VALUES // BLOCKS[index],
         )  # fmt: skip
 
 
@@ -118,16 +114,10 @@ def norm_rows(
     values = max(VALUES, *blocks)
     most = sum(-(-(run.stop - run.start) * block // values) for run, block in zip(runs, blocks, strict=True))
     _norm[(min(max(1, most), PROGRAMS * num_processors(head_RD.device)),)](
-        *(head_RD, tail_mean_R, tail_spread_R, weight_D, bias_D, out_RD, _table(runs, head_RD.device)),
+        *(head_RD, tail_mean_R, tail_spread_R, weight_D, bias_D, out_RD, table_of(runs, head_RD.device)),
         *(len(weight_D), out_RD.shape[1], head_RD.stride(0), out_RD.stride(0), eps),
+        WIDTHS=tuple(run.width for run in runs),
         BLOCKS=tuple(blocks),
         VALUES=values,
         num_warps=WARPS,
     )
-
-
-@functools.lru_cache(maxsize=256)
-def _table(runs: tuple[Run, ...], device: torch.device) -> Tensor:
-    """First row, end and width of each run, int32 [E, 3]."""
-    with torch.inference_mode(False):
-        return torch.tensor([run[:3] for run in runs], dtype=torch.int32, device=device)

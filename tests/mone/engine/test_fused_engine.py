@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mone.engine import fused
 from mone.engine.blocks import run_on_layout
 from mone.engine.casts import cast
 from mone.engine.fused import fits_kernels, run_on_rows
@@ -45,6 +46,14 @@ def errors(config, num_kept, engine="triton", **asked):
     return found
 
 
+@pytest.fixture(params=["few rows", "many rows"])
+def _rows(request, monkeypatch):
+    """Of few rows the last block is run whole."""
+    if request.param == "many rows":
+        monkeypatch.setattr(fused, "FEWEST_ROWS", 0)
+
+
+@pytest.mark.usefixtures("_rows")
 @pytest.mark.parametrize("name", NAMES)
 def test_is_no_less_exact_than_the_reference(name):
     config, num_kept = variant(name, dim=128, num_heads=4, depth=2)
@@ -52,19 +61,27 @@ def test_is_no_less_exact_than_the_reference(name):
     assert 0 < max(found["half"], found["autocast"]) < 1.5 * found["reference"] + 5e-4, found
 
 
+@pytest.mark.usefixtures("_rows")
 @pytest.mark.parametrize("name", ["factorised", "kept"])
 def test_products_in_eight_bits_are_some_percent_off(name):
     config, num_kept = variant(name, dim=128, num_heads=4, depth=2)
     assert 1e-3 < errors(config, num_kept, engine="fp8", capacity=0.4)["half"] < 0.05
 
 
-@settings(max_examples=8)
-@given(data=st.data(), num_experts=st.integers(1, 4), pooling=st.sampled_from(["cls", "mean"]))
-def test_every_split_of_tokens_over_any_number_of_experts(data, num_experts, pooling):
+@settings(max_examples=12)
+@given(
+    data=st.data(),
+    num_experts=st.integers(1, 4),
+    pooling=st.sampled_from(["cls", "mean"]),
+    few_rows=st.sampled_from([0, 512]),
+)
+def test_every_split_of_tokens_over_any_number_of_experts(data, num_experts, pooling, few_rows):
     config = small_config(num_experts=num_experts, pooling=pooling, dim=64, num_heads=4, depth=2, temporal_depth=0)
     cuts = sorted(data.draw(st.lists(st.integers(0, 12), min_size=num_experts - 1, max_size=num_experts - 1)))
     counts = tuple(stop - start for start, stop in zip([0, *cuts], [*cuts, 12], strict=True))
-    found = errors(config, None, counts=counts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "FEWEST_ROWS", few_rows)
+        found = errors(config, None, counts=counts)
     assert max(found["half"], found["autocast"]) < 1.5 * found["reference"] + 1e-3, found
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mone.engine.casts import EIGHT_BITS, Factor, factor
 from mone.engine.kernels.attention import attend_rows
+from mone.engine.kernels.attention_last import mix_rows
 from mone.engine.kernels.enter import enter_rows
 from mone.engine.kernels.gelu import FORMS, form_of
 from mone.engine.kernels.gemm import grouped_gemm, scheduled
@@ -138,25 +139,40 @@ def test_norms_of_heads_are_those_of_whole_tokens(counts, offset):
 
 
 @pytest.mark.parametrize("num_slots", [1, 5, 16, 64, 70, 260])
-@pytest.mark.parametrize("last_only", [False, True])
 @pytest.mark.parametrize("attending", [None, Attending(16, 32, 4, 2), Attending(16, 32, 4, 2, whole=False)])
-def test_attention_over_rows_in_any_order(num_slots, last_only, attending):
+def test_attention_over_rows_in_any_order(num_slots, attending):
     groups, heads = 3, 2
     rows = groups * num_slots + 4
     qkv, out = randn(rows, 3 * 32, dtype=torch.float16), torch.zeros(rows, 32, dtype=torch.float16, device=DEVICE)
     read = torch.randperm(rows, device=DEVICE)[: groups * num_slots].view(groups, num_slots)
     write = read.clone()
     write[0, 0] = -1  # nobody takes this one
-    first = num_slots - 1 if last_only else 0
-    attend_rows(qkv, out, Places(read, write), heads, first_query=first, attending=attending)
+    attend_rows(qkv, out, Places(read, write), heads, attending=attending)
     q, k, v = (t.double().view(groups, num_slots, heads, 16).transpose(1, 2) for t in qkv[read].split(32, dim=-1))
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    taken = (write >= 0) & (torch.arange(num_slots, device=DEVICE) >= first)
-    if taken.any():
-        assert_near(out[write[taken]], expected[taken], torch.float16)
+    taken = write >= 0
+    assert_near(out[write[taken]], expected[taken], torch.float16)
     untouched = torch.ones(rows, dtype=torch.bool, device=DEVICE)
     untouched[write[taken]] = False
     assert not out[untouched].any()
+
+
+@pytest.mark.parametrize("num_slots", [1, 70])
+@pytest.mark.parametrize("heads", [2, 20])
+def test_rows_of_all_widths_are_mixed_by_one_query_for_each_head(num_slots, heads):
+    runs, rows = rows_of((1, 50, 3, 16))
+    width = torch.zeros(rows, dtype=torch.long, device=DEVICE)
+    for run in runs:
+        width[run.start : run.stop] = run.width
+    known = (width > 0).nonzero().flatten()
+    read = known[torch.randperm(len(known), device=DEVICE)[: 2 * num_slots]].view(2, num_slots)
+    normal, query = randn(rows, DIM, dtype=torch.float16), randn(heads, 2, DIM, dtype=torch.float16)
+    inside = torch.arange(DIM, device=DEVICE) < width[:, None]
+    group = torch.where(inside, normal, 0)[read].double()
+    weights = (torch.einsum("hgd,gmd->hgm", query.double(), group) / 4).softmax(dim=-1)
+    expected = torch.einsum("hgm,gmd->hgd", weights, group)
+    normal[~inside] = torch.nan  # what lies past a row's width may be anything
+    assert_near(mix_rows(query, normal, read, runs, 1 / 4), expected, torch.float16)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
