@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mone.blocks import Neighbours, last_kept, make_blocks, take
+from mone.blocks import Neighbours, last_kept, make_blocks
 from mone.config import ModelConfig
-from mone.engine.choice import Engine, place, route, run_blocks, uses_kernels
-from mone.engine.tokens import Tokens
+from mone.engine.choice import Engine, route, run_blocks, score, uses_kernels
+from mone.engine.tokens import Gain, Positions, Tokens
 from mone.nested import Segment, segments_of
 from mone.routing import RoutingPlan, make_router, merge_frames
 
@@ -57,8 +57,10 @@ class NestedEncoder(nn.Module):
         """
         config, batch = self.config, x_BKD.shape[0]
         kernels = uses_kernels(self.engine, self.blocks, x_BKD)
-        x_BKD, linear_BKE = place(kernels, x_BKD, self._positions(kept_BK), self.router)
-        x_BKD = F.dropout(x_BKD, config.dropout, self.training)
+        positions = Positions(self.position_ND, kept_BK)
+        linear_BKE = score(kernels, x_BKD, positions, self.router)
+        if not kernels:
+            x_BKD, positions = F.dropout(positions.added_to(x_BKD), config.dropout, self.training), None
         per_frame = config.budget_per_frame(None if kept_BK is None else kept_BK.shape[1])
         num_budgets = config.num_indices if per_frame else 1
         x_SND, patches_SNP = (t.unflatten(1, (num_budgets, -1)).flatten(0, 1) for t in (x_BKD, patches_BKP))
@@ -74,14 +76,12 @@ class NestedEncoder(nn.Module):
         elif not (config.joint or per_frame):
             num_class_tokens *= config.num_indices
             neighbours = self._frames(order_SN, kept_BK)
-        weight_SN1 = take(plan.weight_BN.reshape(*x_SND.shape[:2], 1), order_SN)
         # Class tokens join the full expert at the end; they have no r_j, so their gain is 1.
-        classes_KD = self.class_token_KD.repeat(num_class_tokens, 1)[:num_class_tokens]
-        tokens = Tokens(x_SND, order_SN, classes_KD)
-        weight_SN1 = F.pad(weight_SN1, (0, 0, 0, num_class_tokens))
+        classes_KD = self.class_token_KD.expand(num_class_tokens, -1)
+        gain = Gain(plan.weight_BN.reshape(x_SND.shape[:2]), self.bounded_alphas())
+        tokens = Tokens(x_SND, order_SN, classes_KD, positions, gain)
         segments = segments_of(counts, config.widths, num_class_tokens)
-        gain_LSN1 = (self.bounded_alphas().view(-1, 1, 1, 1) * weight_SN1 + 1).to(x_SND.dtype)
-        x_SND = run_blocks(self.engine, self.blocks, tokens, segments, gain_LSN1, neighbours, num_class_tokens)
+        x_SND = run_blocks(self.engine, self.blocks, tokens, segments, neighbours, num_class_tokens)
         if num_class_tokens:
             pooled = x_SND
         elif neighbours:
@@ -89,12 +89,6 @@ class NestedEncoder(nn.Module):
         else:
             pooled = x_SND.mean(dim=1)
         return self.norm(pooled.reshape(batch, 1 if config.joint else config.num_indices, config.dim)), plan
-
-    def _positions(self, kept_BK: Tensor | None) -> Tensor:
-        """Position embeddings of the tokens, [K, D] or [B, K, D]; in a factorised encoder all frames share theirs."""
-        if kept_BK is not None:
-            return self.position_ND[kept_BK % len(self.position_ND)]
-        return self.position_ND if self.config.joint else self.position_ND.repeat(self.config.num_indices, 1)
 
     def _frames(self, order_BK: Tensor, kept_BK: Tensor | None) -> Neighbours:
         """Frames that attend within themselves though the rows of a clip are sorted by expert."""
@@ -122,6 +116,8 @@ class NestedEncoder(nn.Module):
         block has its own, under a clamp whose gradient passes straight through: the start lies on the edge, where a
         sigmoid cannot start and a plain clamp could die.
         """
+        if not torch.is_grad_enabled():
+            return self.alpha_L.clamp(0.0, _LARGEST_ALPHA)
         return self.alpha_L + (self.alpha_L.clamp(0.0, _LARGEST_ALPHA) - self.alpha_L).detach()
 
     @torch.no_grad()
@@ -146,12 +142,11 @@ class TemporalEncoder(nn.Module):
 
     def forward(self, x_BFD: Tensor, engine: Engine) -> Tensor:
         """[B, F, D] -> [B, D]."""
-        tokens = Tokens(x_BFD + self.position_FD, None, self.class_token_KD)
+        tokens = Tokens(x_BFD, None, self.class_token_KD, Positions(self.position_FD))
         everything = (Segment(0, x_BFD.shape[1] + 1, x_BFD.shape[2]),)
-        gain_LSN1 = x_BFD.new_ones((len(self.blocks), x_BFD.shape[0], everything[0].stop, 1))
         if engine == "fp8":  # which saves nothing on so few tokens
             engine = "triton"
-        return self.norm(run_blocks(engine, self.blocks, tokens, everything, gain_LSN1, None, 1)[:, -1])
+        return self.norm(run_blocks(engine, self.blocks, tokens, everything, None, 1)[:, -1])
 
 
 class FrameAverage(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mone.blocks import Block
 from mone.encoder import NestedEncoder
+from mone.engine.tokens import Positions
 from mone.routing import RoutingPlan
 
 
@@ -68,7 +69,7 @@ class MergingEncoder(NestedEncoder):
         """
         assert kept_BK is None
         config, batch = self.config, x_BKD.shape[0]
-        x_BKD = F.dropout(x_BKD + self._positions(None), config.dropout, self.training)
+        x_BKD = F.dropout(Positions(self.position_ND).added_to(x_BKD), config.dropout, self.training)
         frames = config.num_indices
         x_SND = x_BKD if config.joint else x_BKD.unflatten(1, (frames, -1)).flatten(0, 1)
         schedule = merging_schedule(counts[-1] * (frames if config.joint else 1), x_SND.shape[1], config.depth)

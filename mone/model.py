@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mone.config import ModelConfig
 from mone.encoder import FrameAverage, NestedEncoder, TemporalEncoder
-from mone.engine.support import compute_dtype
+from mone.engine.choice import uses_kernels
 from mone.merging import MergingEncoder
-from mone.pixels import to_float
+from mone.pixels import embed
 from mone.routing import MotionRouter, RoutingPlan
 
 
@@ -74,12 +74,21 @@ class ViViT(nn.Module):
         fewest = 1 if config.reduces_tokens else tokens
         if len(counts) != config.num_experts or min(counts) < 0 or not fewest <= sum(counts) <= tokens:
             raise ValueError(f"counts {counts} do not split {tokens} tokens over {config.num_experts} experts")
-        patches_BKP = patches.flatten(1, -2)
-        pixels_BKP = to_float(patches_BKP, config, compute_dtype(self.embed.weight), kept_BK)
-        vectors_BGD, plan = self.encoder(self.embed(pixels_BKP), patches_BKP, counts, kept_BK)
+        return self.classified(self.embedded(patches, kept_BK), patches, counts, kept_BK)
+
+    def embedded(self, patches: Tensor, kept_BK: Tensor | None = None, out_BKD: Tensor | None = None) -> Tensor:
+        """The first half of `forward`: patches to tokens without positions [B, K, D], in out_BKD if that is given."""
+        kernels = uses_kernels(self.encoder.engine, self.encoder.blocks, self.embed.weight)
+        return embed(self.embed, patches.flatten(1, -2), self.config, kept_BK, out_BKD, kernels=kernels)
+
+    def classified(
+        self, x_BKD: Tensor, patches: Tensor, counts: tuple[int, ...], kept_BK: Tensor | None = None
+    ) -> Prediction:
+        """The second half of `forward`: of the patches it reads only what `encoder.router` does."""
+        vectors_BGD, plan = self.encoder(x_BKD, patches.flatten(1, -2), counts, kept_BK)
         logits_BC = self.head(self.temporal(vectors_BGD, self.encoder.engine))
-        if config.budget_per_frame(num_kept):
-            frames = (patches.shape[0], config.num_indices)
+        if self.config.budget_per_frame(None if kept_BK is None else kept_BK.shape[1]):
+            frames = (x_BKD.shape[0], self.config.num_indices)
             order, expert, weight = (tensor.unflatten(0, frames) for tensor in plan[:3])
             plan = RoutingPlan(order, expert, weight, plan.counts)
         return Prediction(logits_BC, plan)

@@ -30,7 +30,13 @@ class RoutingPlan(NamedTuple):
 
 
 class LearnedRouter(nn.Linear):
-    """One linear layer with a softmax over the experts (MoNE section 3.2)."""
+    """One linear layer with a softmax over the experts (MoNE section 3.2).
+
+    Attributes:
+        sees_patches: Whether it looks at pixels, and not at tokens alone.
+    """
+
+    sees_patches = False
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__(dim, num_experts)
@@ -65,6 +71,8 @@ class MotionRouter(LearnedRouter):
     over the tokens of its budget, and s is learnt from a start that grows with the expert.
     """
 
+    sees_patches = True
+
     def __init__(self, dim: int, num_experts: int, tubelet_frames: int) -> None:
         super().__init__(dim, num_experts)
         self.tubelet_frames = tubelet_frames
@@ -86,6 +94,8 @@ class RandomRouter(nn.Module):
     In training they are drawn anew at each step. In evaluation they are a hash of the token's pixels and its place in
     the sequence, so that a clip gets the same answer whatever else is in its batch.
     """
+
+    sees_patches = True
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()

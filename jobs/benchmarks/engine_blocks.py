@@ -1,6 +1,6 @@
 """A model's blocks in the engine's kernels, with one tiling or another: what benchmarks of kernels have in common.
 
-Shapes: S sequences, N tokens, D model features, L blocks.
+Shapes: S sequences, N tokens, D model features.
 """
 
 from collections.abc import Callable
@@ -29,13 +29,11 @@ class EngineBlocks(NamedTuple):
         model: In bfloat16.
         segments: Experts of a sequence's tokens.
         x_SND: The tokens.
-        gain_LSN1: Of each block and token.
     """
 
     model: ViViT
     segments: Segments
     x_SND: Tensor
-    gain_LSN1: Tensor
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -46,7 +44,7 @@ class EngineBlocks(NamedTuple):
     def __call__(self, tilings: Tilings) -> Tensor:
         """Run them all."""
         blocks, classes = self.model.encoder.blocks, self.model.config.num_class_tokens
-        return run_on_rows(blocks, Tokens(self.x_SND), self.segments, self.gain_LSN1, None, classes, tilings)
+        return run_on_rows(blocks, Tokens(self.x_SND), self.segments, None, classes, tilings)
 
 
 def model_on_gpu(folder: str, preset_name: str, capacities: tuple[float, ...], batch_size: int) -> ViViT:
@@ -85,7 +83,6 @@ def engine_blocks(model: ViViT, capacity: float, batch_size: int) -> EngineBlock
         model=model,
         segments=segments_of(counts, config.widths, classes),
         x_SND=torch.randn(sequences, tokens, config.dim, dtype=torch.bfloat16, device=device),
-        gain_LSN1=torch.ones(config.depth, sequences, tokens, 1, dtype=torch.bfloat16, device=device),
     )
 
 

@@ -26,7 +26,6 @@ from mone.config import ModelConfig, preset
 from mone.engine.graphs import Replayed
 from mone.engine.support import check_engine
 from mone.model import Prediction, ViViT
-from mone.pixels import to_float
 from mone.static import kept_patches
 
 RowEngine = Literal["auto", "triton", "layout", "reference", "compiled", "replayed", "fp8"]
@@ -261,13 +260,17 @@ class _FromTokens(nn.Module):
 
     def __init__(self, model: ViViT, clips: _Clips) -> None:
         super().__init__()
-        self.model, self.config = model, model.config
-        pixels_BKP = to_float(clips.patches.flatten(1, -2), model.config, model.embed.weight.dtype, clips.kept_BK)
-        self.x_BKD = model.embed(pixels_BKP)
+        self.model, self.config, self.encoder = model, model.config, model.encoder
+        self.x_BKD = model.embedded(*clips)
+
+    def embedded(self, patches: Tensor, kept_BK: Tensor | None = None, out_BKD: Tensor | None = None) -> Tensor:
+        return self.x_BKD
+
+    def classified(self, *arguments: Any) -> Prediction:
+        return self.model.classified(*arguments)
 
     def forward(self, patches: Tensor, counts: tuple[int, ...], kept_BK: Tensor | None = None) -> Prediction:
-        vectors_BGD, plan = self.model.encoder(self.x_BKD, patches.flatten(1, -2), counts, kept_BK)
-        return Prediction(self.model.head(self.model.temporal(vectors_BGD, self.model.encoder.engine)), plan)
+        return self.model.classified(self.x_BKD, patches, counts, kept_BK)
 
 
 def _room_to_compile(num_variants: int) -> AbstractContextManager:

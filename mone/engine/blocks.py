@@ -113,9 +113,10 @@ def _class_tokens(block: Block, stream: _Stream, layout: _Layout, gain_SN1: Tens
     return finish(block, heads[-1][:, -num_class_tokens:], mixed_SRD, gain_SN1[:, -num_class_tokens:])
 
 
-def finish(block: Block, x_SRD: Tensor, mixed_SRD: Tensor, gain_SR1: Tensor) -> Tensor:
-    """What a block does after attention has mixed values, at full width."""
+def finish(block: Block, x_SRD: Tensor, mixed_SRD: Tensor, gain_SR1: Tensor | None = None) -> Tensor:
+    """What a block does after attention has mixed values, at full width; no gain is 1."""
     out, dtype = block.attention.out, mixed_SRD.dtype
     z_SRD = x_SRD + block.branch(F.linear(mixed_SRD, out.weight.to(dtype), out.bias.to(dtype)))
     (output_SRD,) = nested_mlp(block.mlp, [nested_norm(z_SRD, None, block.norm_mlp, dtype)])
-    return z_SRD + block.branch(gain_SR1 * (output_SRD + block.mlp.down.bias.to(dtype)))
+    output_SRD = output_SRD + block.mlp.down.bias.to(dtype)
+    return z_SRD + block.branch(output_SRD if gain_SR1 is None else gain_SR1 * output_SRD)

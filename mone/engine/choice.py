@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from mone.blocks import Neighbours
 from mone.engine.blocks import run_on_layout
 from mone.engine.support import triton_runs
-from mone.engine.tokens import Tokens
+from mone.engine.tokens import Positions, Tokens
 from mone.nested import Segments
 from mone.routing import LearnedRouter, RandomRouter, RoutingPlan, expert_preferred_routing
 
@@ -24,32 +24,30 @@ Engine = Literal[ExactEngine, "fp8"]
 _PROCESSOR_BYTES = 30 * 2**20
 
 
-def uses_kernels(engine: Engine, blocks: nn.ModuleList, x_BKD: Tensor) -> bool:
-    """Whether Triton kernels take these tokens."""
+def uses_kernels(engine: Engine, blocks: nn.ModuleList, like: Tensor) -> bool:
+    """Whether Triton kernels take tokens of the device and dtype of this tensor, which is not empty."""
     asked = engine in ("triton", "fp8")
-    if not asked and not (engine == "auto" and _is_hopper(x_BKD.device) and not _must_be_called(blocks)):
+    if not asked and not (engine == "auto" and _is_hopper(like.device) and not _must_be_called(blocks)):
         return False
     from mone.engine.fused import fits_kernels  # here: there may be no Triton
 
-    return fits_kernels(blocks, x_BKD)
+    return fits_kernels(blocks, like)
 
 
-def place(
-    kernels: bool, x_BKD: Tensor, positions: Tensor, router: LearnedRouter | RandomRouter
-) -> tuple[Tensor, Tensor | None]:
-    """Tokens with their positions [B, K, D]; and, where a kernel has them from the same reading, the router's logits.
+def score(kernels: bool, x_BKD: Tensor, positions: Positions, router: LearnedRouter | RandomRouter) -> Tensor | None:
+    """What a router's linear part makes of tokens with their positions [B, K, E], where a kernel does that.
 
     Args:
         kernels: From `uses_kernels`.
-        x_BKD: Tokens.
-        positions: [K, D] or [B, K, D].
-        router: Whose linear part is computed.
+        x_BKD: Tokens, without positions.
+        positions: Theirs.
+        router: Any.
     """
     if not (kernels and isinstance(router, LearnedRouter)):
-        return x_BKD + positions, None
-    from mone.engine.kernels.route import place_and_score
+        return None
+    from mone.engine.kernels.route import score as score_tokens
 
-    return place_and_score(x_BKD, positions, router.weight, router.bias)
+    return score_tokens(x_BKD, positions, router.weight, router.bias)
 
 
 def route(kernels: bool, probabilities_SNE: Tensor, counts: tuple[int, ...], *, cumulative: bool) -> RoutingPlan:
@@ -67,7 +65,6 @@ def run_blocks(
     blocks: nn.ModuleList,
     tokens: Tokens,
     segments: Segments,
-    gain_LSN1: Tensor,
     neighbours: Neighbours | None = None,
     num_class_tokens: int = 0,
 ) -> Tensor:
@@ -79,19 +76,16 @@ def run_blocks(
             with products of 8 bits, which are less exact. "auto": what is measured to be the fastest without that: as
             "triton" on GPUs from Hopper on, the layout elsewhere; the reference where blocks must be called.
         blocks: Of `mone.blocks.Block`.
-        tokens: Sorted by whoever runs them.
+        tokens: Placed and sorted by whoever runs them.
         segments: Which rows go through which expert.
-        gain_LSN1: alpha r_j + 1 of each token, for each block.
         neighbours: As in `Block`.
         num_class_tokens: R, at the end of a sequence.
     """
     if uses_kernels(engine, blocks, tokens.x_SKD):
         from mone.engine.fused import run_on_rows
 
-        return run_on_rows(
-            *(blocks, tokens, segments, gain_LSN1, neighbours, num_class_tokens), eight_bits=engine == "fp8"
-        )
-    x_SND = tokens.sorted()
+        return run_on_rows(*(blocks, tokens, segments, neighbours, num_class_tokens), eight_bits=engine == "fp8")
+    x_SND, gain_LSN1 = tokens.sorted(), tokens.gains(len(blocks))
     one_by_one = engine == "reference" or (engine == "auto" and _must_be_called(blocks))
     if one_by_one or not x_SND.numel():  # of nothing there is no layout
         for block, gain_SN1 in zip(blocks, gain_LSN1, strict=True):

@@ -19,7 +19,6 @@ def class_tokens(
     normal_RX: Tensor,
     runs: tuple[Run, ...],
     places: Places,
-    gain_SC1: Tensor,
     rows_SC: Tensor,
 ) -> Tensor:
     """`Block.forward` of class tokens [S, C, D], each of which fills the last slot of a group.
@@ -30,7 +29,6 @@ def class_tokens(
         normal_RX: After LayerNorm; each row has the width of its expert.
         runs: Rows of each expert.
         places: Groups, in the order of class tokens.
-        gain_SC1: Of the MLP.
         rows_SC: int64. Rows of the class tokens, of full width.
     """
     qkv, num_heads, dtype = block.attention.qkv, block.attention.num_heads, head_RD.dtype
@@ -41,4 +39,4 @@ def class_tokens(
     mixed_hGD = mix_rows(query_hGD, normal_RX, places.read_GM, runs, query_hGk.shape[-1] ** -0.5)
     mixed_hGk = torch.baddbmm(bias_phk[2].unsqueeze(1), mixed_hGD, weight_phkD[2].mT)
     mixed_SCD = mixed_hGk.transpose(0, 1).reshape(*rows_SC.shape, -1)
-    return finish(block, head_RD[rows_SC], mixed_SCD, gain_SC1)
+    return finish(block, head_RD[rows_SC], mixed_SCD)

@@ -82,34 +82,32 @@ class _Lanes(NamedTuple):
         return [lane for lane in lanes if lane[1]]
 
 
-def fits_kernels(blocks: nn.ModuleList, x_SKD: Tensor) -> bool:
-    """Whether the kernels take these sizes and dtypes, and no gradient is wanted."""
-    attention, dim = cast(Block, blocks[0]).attention, x_SKD.shape[-1]
-    head_dim = dim // attention.num_heads
-    inference = not torch.is_grad_enabled() and not blocks.training
-    halves = compute_dtype(x_SKD) in (torch.bfloat16, torch.float16)
-    return inference and halves and x_SKD.numel() > 0 and dim % 16 == 0 and head_dim in (16, 32, 64, 128)
+def fits_kernels(blocks: nn.ModuleList, like: Tensor) -> bool:
+    """Whether the kernels take these sizes and the dtype of this tensor, which is not empty; without gradients."""
+    attention = cast(Block, blocks[0]).attention
+    dim, inference = attention.qkv.in_features, not torch.is_grad_enabled() and not blocks.training
+    halves = compute_dtype(like) in (torch.bfloat16, torch.float16)
+    return (
+        inference and halves and like.numel() > 0 and dim % 16 == 0 and dim // attention.num_heads in (16, 32, 64, 128)
+    )
 
 
 def run_on_rows(
     blocks: nn.ModuleList,
     tokens: Tokens,
     segments: Segments,
-    gain_LSN1: Tensor,
     neighbours: Neighbours | None = None,
     num_class_tokens: int = 0,
     tilings: Tilings | None = None,
     *,
     eight_bits: bool = False,
 ) -> Tensor:
-    """Run all blocks; as `blocks.run_on_layout`, without gradients."""
+    """Run all blocks; as `choice.run_blocks`, without gradients."""
     num_sequences, _, dim = tokens.x_SKD.shape
     device, runs = tokens.x_SKD.device, runs_of(segments, num_sequences)
     tilings = tilings or tilings_for(device, runs, dim, eight_bits=eight_bits)
-    row_SN, wanted = _rows(runs, num_sequences, device), tokens.x_SKD.dtype
-    buffers = _enter(blocks, tokens, runs, row_SN, eight_bits=eight_bits)
-    gain_LR = gain_LSN1.new_zeros((len(blocks), num_rows(runs)), dtype=torch.float32)
-    gain_LR.index_copy_(1, row_SN.flatten(), gain_LSN1.flatten(1).float())
+    row_SN = _rows(runs, num_sequences, device)
+    buffers, gain_LR = _enter(blocks, tokens, runs, row_SN, eight_bits=eight_bits)
     places, lanes = places_of(row_SN, neighbours), _lanes(runs, buffers, tilings)
     all_blocks = [cast(Block, block) for block in blocks]
     if lanes.second is not None:
@@ -121,14 +119,14 @@ def run_on_rows(
         _block(block, buffers, lanes, places, gain_R, tilings)
     join(lanes.second)
     if num_class_tokens:
-        rows_SC, gain_SC1 = row_SN[:, -num_class_tokens:], gain_LSN1[-1, :, -num_class_tokens:]
+        rows_SC = row_SN[:, -num_class_tokens:]
         if not shortens:
-            return buffers.head_RD[rows_SC].to(wanted)
+            return buffers.head_RD[rows_SC].to(tokens.dtype)
         _norm(all_blocks[-1].norm_attention, buffers, runs)
-        outputs = (buffers.head_RD, buffers.normal_RD, runs, places, gain_SC1, rows_SC)
-        return class_tokens(all_blocks[-1], *outputs).to(wanted)
+        outputs = (buffers.head_RD, buffers.normal_RD, runs, places, rows_SC)
+        return class_tokens(all_blocks[-1], *outputs).to(tokens.dtype)
     heads = [
-        buffers.head_RD[run.start : run.stop, : run.width].unflatten(0, (num_sequences, run.count)).to(wanted)
+        buffers.head_RD[run.start : run.stop, : run.width].unflatten(0, (num_sequences, run.count)).to(tokens.dtype)
         for run in runs
     ]
     return from_layout(heads, tokens.sorted(), segments)
@@ -136,7 +134,8 @@ def run_on_rows(
 
 def _enter(
     blocks: nn.ModuleList, tokens: Tokens, runs: tuple[Run, ...], row_SN: Tensor, *, eight_bits: bool
-) -> _Buffers:
+) -> tuple[_Buffers, Tensor]:
+    """Tokens in the buffers, and the gain of each row in each block, float32 [L, R]."""
     x_SKD = tokens.x_SKD
     rows, dim, dtype = num_rows(runs), x_SKD.shape[-1], compute_dtype(x_SKD)
     hidden, factors = cast(Block, blocks[0]).mlp.up.out_features, EIGHT_BITS if eight_bits else dtype
@@ -153,8 +152,9 @@ def _enter(
         mixed_RD=empty(rows, dim, dtype=factors),
         hidden_RH=empty(rows, hidden, dtype=factors),
     )
-    enter_rows(tokens, row_SN, _widths(runs, x_SKD.device), *buffers[:3])
-    return buffers
+    gain_LR, aligned = empty(len(blocks), rows, dtype=torch.float32), all(run.width % 8 == 0 for run in runs)
+    enter_rows(tokens, row_SN, _widths(runs, x_SKD.device), *buffers[:3], gain_LR, aligned=aligned)
+    return buffers, gain_LR
 
 
 def _lanes(runs: tuple[Run, ...], buffers: _Buffers, tilings: Tilings) -> _Lanes:

@@ -16,8 +16,11 @@ _Result = TypeVar("_Result")
 
 
 class _Captured(NamedTuple):
+    """A graph, and the tensors that it reads and writes; of patches a copy only if its router looks at them."""
+
     graph: torch.cuda.CUDAGraph
-    patches: Tensor
+    x_BKD: Tensor
+    patches: Tensor | None
     kept_BK: Tensor | None
     prediction: Prediction
 
@@ -25,6 +28,7 @@ class _Captured(NamedTuple):
 class Replayed:
     """A model's forward pass in inference, with the same arguments and answers.
 
+    Graphs begin with tokens: patches are embedded from where they are into the graph's memory, and need not be copied.
     A graph is captured for each shape, set of counts and autocast dtype at its second use, so that shapes seen once
     cost nothing. Weights that change in place are noticed, and their graphs captured again.
 
@@ -63,7 +67,9 @@ class Replayed:
                 return self.model(patches, counts=counts, kept_BK=kept_BK)
             self._graphs[key] = self._capture(patches, counts, kept_BK)
         captured = self._graphs[key]
-        captured.patches.copy_(patches)
+        self.model.embedded(patches, kept_BK, captured.x_BKD)
+        if captured.patches is not None:
+            captured.patches.copy_(patches)
         if captured.kept_BK is not None and kept_BK is not None:
             captured.kept_BK.copy_(kept_BK)
         captured.graph.replay()
@@ -72,9 +78,12 @@ class Replayed:
         return Prediction(logits_BC.clone(), plan._replace(order_BN=order, expert_BN=expert, weight_BN=weight))
 
     def _capture(self, patches: Tensor, counts: tuple[int, ...], kept_BK: Tensor | None) -> _Captured:
-        patches, kept_BK = patches.clone(), None if kept_BK is None else kept_BK.clone()
-        graph, prediction = captured(lambda: self.model(patches, counts=counts, kept_BK=kept_BK))
-        return _Captured(graph, patches, kept_BK, prediction)
+        x_BKD = self.model.embedded(patches, kept_BK)
+        kept_BK = None if kept_BK is None else kept_BK.clone()
+        own = patches.clone() if self.model.encoder.router.sees_patches else None
+        seen = patches if own is None else own
+        graph, prediction = captured(lambda: self.model.classified(x_BKD, seen, counts, kept_BK))
+        return _Captured(graph, x_BKD, own, kept_BK, prediction)
 
 
 def captured(run: Callable[[], _Result]) -> tuple[torch.cuda.CUDAGraph, _Result]:

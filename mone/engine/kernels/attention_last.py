@@ -16,7 +16,7 @@ from mone.engine.rows import Run, table_of
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
-_SLOTS, _COLUMNS = 64, 128
+_SLOTS, _COLUMNS = 32, 128
 
 
 @triton.jit

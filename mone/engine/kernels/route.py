@@ -1,6 +1,6 @@
-"""Before the blocks: positions and scores in one reading of the tokens, and Expert Preferred Routing in one launch.
+"""Before the blocks: a router's scores in one reading of the tokens, and Expert Preferred Routing in one launch.
 
-Shapes: T tokens of all sequences, P positions, B sequences, N tokens, D model features, E experts.
+Shapes: B clips or sequences, K and N tokens of them, P positions, D model features, E experts.
 """
 
 import functools
@@ -10,59 +10,59 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mone.engine.kernels.gemm import num_processors
+from mone.engine.tokens import Positions
+
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
 # All pairs of a sequence's tokens are compared, which beyond this takes longer than to sort.
 MOST_TOKENS = 512
-_ROWS = 4
+# Of one warp each, on a processor.
+_SCORING = 16
 
 
 @triton.jit
-def _place(
-    x_ptr, position_ptr, weight_ptr, bias_ptr, placed_ptr, logits_ptr,
+def _score(
+    x_ptr, position_ptr, place_ptr, weight_ptr, bias_ptr, logits_ptr,
     num_tokens, num_positions,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
-    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = (token < num_tokens)[:, None] & (column < DIM)[None, :]
-    at = token[:, None] * DIM + column[None, :]
-    position_at = (token % num_positions)[:, None] * DIM + column[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x += tl.load(position_ptr + position_at, mask=inside, other=0.0).to(tl.float32)
-    placed = x.to(placed_ptr.dtype.element_ty)
-    tl.store(placed_ptr + at, placed, mask=inside)
-    placed = placed.to(tl.float32)
+    inside = column < DIM
+    weights = ()
     for expert in tl.static_range(EXPERTS):
-        weight = tl.load(weight_ptr + expert * DIM + column, mask=column < DIM, other=0.0).to(tl.float32)
-        logit = tl.sum(placed * weight[None, :], axis=1) + tl.load(bias_ptr + expert).to(tl.float32)
-        tl.store(logits_ptr + token * EXPERTS + expert, logit, mask=token < num_tokens)
+        weights += (tl.load(weight_ptr + expert * DIM + column, mask=inside, other=0.0).to(tl.float32),)
+    for token in range(tl.program_id(0).to(tl.int64), num_tokens, tl.num_programs(0)):
+        place = tl.load(place_ptr + token) if PLACED else token
+        x = tl.load(x_ptr + token * DIM + column, mask=inside, other=0.0)
+        x = (x + tl.load(position_ptr + place % num_positions * DIM + column, mask=inside, other=0.0)).to(tl.float32)
+        for expert in tl.static_range(EXPERTS):
+            logit = tl.sum(x * weights[expert], axis=0) + tl.load(bias_ptr + expert).to(tl.float32)
+            tl.store(logits_ptr + token * EXPERTS + expert, logit)
 
 
-def place_and_score(x_BKD: Tensor, positions: Tensor, weight_ED: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens with their positions [B, K, D], and a linear router's logits float32 [B, K, E].
+def score(x_BKD: Tensor, positions: Positions, weight_ED: Tensor, bias_E: Tensor) -> Tensor:
+    """A linear router's logits float32 [B, K, E] of tokens with their positions, which are nowhere written.
 
     Args:
         x_BKD: Tokens.
-        positions: [K, D] or [B, K, D].
+        positions: Theirs.
         weight_ED: Of the router.
         bias_E: Of the router.
     """
-    placed_BKD = torch.empty_like(
-        x_BKD, dtype=torch.result_type(x_BKD, positions), memory_format=torch.contiguous_format
-    )
+    (table_PD, place_BK), dim = positions, x_BKD.shape[2]
     logits_BKE = x_BKD.new_empty((*x_BKD.shape[:2], len(bias_E)), dtype=torch.float32)
-    num_tokens, dim = x_BKD.shape[0] * x_BKD.shape[1], x_BKD.shape[2]
-    _place[(triton.cdiv(num_tokens, _ROWS),)](
-        *(x_BKD.contiguous(), positions.contiguous(), weight_ED, bias_E, placed_BKD, logits_BKE),
-        *(num_tokens, positions.numel() // dim),
+    num_tokens = x_BKD.shape[0] * x_BKD.shape[1]
+    _score[(min(num_tokens, _SCORING * num_processors(x_BKD.device)),)](
+        *(x_BKD.contiguous(), table_PD, x_BKD if place_BK is None else place_BK.contiguous()),
+        *(weight_ED, bias_E, logits_BKE, num_tokens, len(table_PD)),
         DIM=dim,
         BLOCK=triton.next_power_of_2(dim),
-        ROWS=_ROWS,
         EXPERTS=len(bias_E),
-        num_warps=4,
+        PLACED=place_BK is not None,
+        num_warps=1,
     )
-    return placed_BKD, logits_BKE
+    return logits_BKE
 
 
 @triton.jit

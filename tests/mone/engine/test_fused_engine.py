@@ -12,7 +12,7 @@ from mone.engine.blocks import run_on_layout
 from mone.engine.casts import cast
 from mone.engine.fused import fits_kernels, run_on_rows
 from mone.engine.tilings import Tiling, Tilings, default_tilings
-from mone.engine.tokens import Tokens
+from mone.engine.tokens import Gain, Tokens
 from mone.nested import segments_of
 from tests.mone.conftest import small_config, small_model, some_inputs, variant
 
@@ -86,33 +86,33 @@ def test_every_split_of_tokens_over_any_number_of_experts(data, num_experts, poo
 
 
 def test_every_tiling_says_the_same():
-    blocks, arguments = sorted_tokens((5, 3, 2, 2))
-    _, x_SND, *others = arguments
-    expected = run_on_layout(*arguments)
+    blocks, tokens, segments = sorted_tokens((5, 3, 2, 2))
+    expected = run_on_layout(blocks, tokens.sorted(), segments, tokens.gains(len(blocks)))
     small = Tiling(32, 32, 32, 4, 1)
     narrow = ((16, small), (64, Tiling(64, 64, 64, 4, 1)))
     cards = [default_tilings(capability, 0.4, rows) for capability in ((9, 0), (8, 0), (8, 9)) for rows in (40, 40_000)]
     for tilings in (*cards, Tilings(*[small] * 4), Tilings(*[small] * 4, narrow=narrow)):
-        first, second = (run_on_rows(blocks, Tokens(x_SND), *others, tilings=tilings) for _ in range(2))
+        first, second = (run_on_rows(blocks, tokens, segments, tilings=tilings) for _ in range(2))
         torch.testing.assert_close(first, expected, atol=2e-2, rtol=2e-2)
         assert torch.equal(first, second)
-    assert not fits_kernels(blocks, arguments[1])  # float32
+    assert not fits_kernels(blocks, tokens.x_SKD)  # float32
 
 
 def sorted_tokens(counts):
-    """Arguments of `run_on_rows`: three sequences of tokens and one class token, float32."""
+    """Blocks, three sequences of tokens for them, float32, and their segments."""
     config = small_config(dim=128, num_heads=4)
     blocks = small_model(config, alpha=0.5, dtype=torch.float32).to(DEVICE).encoder.blocks.requires_grad_(False)
-    x_SND, gain_LSN1 = torch.randn(3, 13, 128).to(DEVICE), torch.rand(2, 3, 13, 1).to(DEVICE) + 1
-    return blocks, (blocks, x_SND, segments_of(counts, config.widths, 1), gain_LSN1)
+    x_SND, weight_SN, alpha_L = (torch.randn(3, 13, 128), torch.rand(3, 13), torch.rand(2))
+    tokens = Tokens(x_SND.to(DEVICE), gain=Gain(weight_SN.to(DEVICE), alpha_L.to(DEVICE)))
+    return blocks, tokens, segments_of(counts, config.widths, 1)
 
 
 @pytest.mark.parametrize("keep", ["grad", "training"])
 def test_gradients_and_training_are_left_to_the_layout(keep):
-    blocks, (_, x_SND, *_) = sorted_tokens((5, 3, 2, 2))
+    blocks, tokens, _ = sorted_tokens((5, 3, 2, 2))
     blocks.train(keep == "training")
     with torch.set_grad_enabled(keep == "grad"), torch.autocast(DEVICE, HALF):
-        assert not fits_kernels(blocks, x_SND)
+        assert not fits_kernels(blocks, tokens.x_SKD)
 
 
 def test_casts_follow_the_weights():

@@ -9,7 +9,7 @@ import torch
 from mone.config import preset
 from mone.engine.choice import run_blocks
 from mone.engine.graphs import Replayed
-from mone.engine.tokens import Tokens
+from mone.engine.tokens import Gain, Tokens
 from mone.model import ViViT
 from mone.nested import segments_of
 from tests.mone.conftest import small_config, small_model, some_inputs, variant
@@ -40,17 +40,19 @@ def base():
 @pytest.mark.parametrize("sequences", [8, 256])  # of many, narrow experts and attention have kernels of their own
 def test_no_less_exact_than_dense_in_bfloat16(base, capacity, num_class_tokens, sequences):
     config, blocks = base.config, base.encoder.blocks
-    x_SND = torch.randn(sequences, config.num_tokens + 1, config.dim, device="cuda")
-    gain_LSN1 = (1 + torch.rand(config.depth, sequences, config.num_tokens + 1, 1, device="cuda")).bfloat16()
+    x_SND = torch.randn(sequences, config.num_tokens, config.dim, device="cuda")
+    class_1D = torch.randn(1, config.dim, device="cuda")
+    gain = Gain(torch.rand(sequences, config.num_tokens, device="cuda"), torch.rand(config.depth, device="cuda"))
+
+    def tokens(dtype):
+        return Tokens(x_SND.to(dtype), None, class_1D.to(dtype), gain=gain)
 
     def error(engine, of):
         segments = segments_of(config.token_counts(of), config.widths, 1)
-        arguments = (segments, gain_LSN1, None, num_class_tokens)
-        exact = run_blocks(
-            "reference", copy.deepcopy(blocks).double(), Tokens(x_SND.double()), segments, gain_LSN1.double()
-        )
+        exact = run_blocks("reference", copy.deepcopy(blocks).double(), tokens(torch.double), segments)
         exact = exact[:, -num_class_tokens:]
-        half = run_blocks(engine, copy.deepcopy(blocks).bfloat16(), Tokens(x_SND.bfloat16()), *arguments)
+        halves = copy.deepcopy(blocks).bfloat16()
+        half = run_blocks(engine, halves, tokens(torch.bfloat16), segments, None, num_class_tokens)
         return ((half - exact).norm() / exact.norm()).item()
 
     dense = error("reference", 1.0)

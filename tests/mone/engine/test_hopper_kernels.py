@@ -25,7 +25,7 @@ from mone.engine.kernels.project_norm_hopper import project_norm_hopper
 from mone.engine.rows import Places, num_rows, runs_of, tiles_of
 from mone.engine.support import gluon_runs, knows_gluon_of
 from mone.engine.tilings import NARROW_ROLES, Attending, Tiling, Tilings
-from mone.engine.tokens import Tokens
+from mone.engine.tokens import Gain, Tokens
 from mone.nested import segments_of
 from tests.mone.conftest import small_config, small_model
 from tests.mone.engine import compiled_for_hopper
@@ -146,12 +146,13 @@ def test_launches_of_narrow_experts(monkeypatch, num_class_tokens, dim, asked):
     monkeypatch.setattr(fused, "num_processors", lambda _: 2)
     config = small_config(dim=dim, num_heads=4)
     blocks = small_model(config, alpha=0.5, dtype=torch.float32).to(DEVICE).encoder.blocks.requires_grad_(False)
-    x, gain = torch.randn(40, 13, dim).to(DEVICE), torch.rand(2, 40, 13, 1).to(DEVICE) + 1
+    x, weight, alpha = (made.to(DEVICE) for made in (torch.randn(40, 13, dim), torch.rand(40, 13), torch.rand(2)))
+    tokens = Tokens(x[:, :-1].to(half), None, x[0, -1:].to(half), gain=Gain(weight[:, :-1], alpha))
     segments = segments_of((5, 5, 1, 1), config.widths, 1)
     tilings = Tilings(*[PLAIN] * 4, narrow=NARROW_ROLES, norm_inside=asked)
     options = {"num_class_tokens": num_class_tokens, "tilings": tilings}
-    actual = fused.run_on_rows(blocks, Tokens(x.to(half)), segments, gain, **options)
-    expected = run_on_layout(blocks, x, segments, gain)[:, -num_class_tokens:]
+    actual = fused.run_on_rows(blocks, tokens, segments, **options)
+    expected = run_on_layout(blocks, tokens.sorted().float(), segments, tokens.gains(2).float())[:, -num_class_tokens:]
     torch.testing.assert_close(actual.float(), expected, atol=2e-2, rtol=2e-2)
     launches = ["norm_project_hopper"] * 2 + ["project_norm_hopper"] * 2 if asked and dim == 128 else []
     assert seen == (launches + ["narrow_mlp_hopper"] * 2) * (2 - num_class_tokens)

@@ -12,16 +12,17 @@ from hypothesis import strategies as st
 from mone.engine.casts import EIGHT_BITS, Factor, factor
 from mone.engine.kernels.attention import attend_rows
 from mone.engine.kernels.attention_last import mix_rows
+from mone.engine.kernels.embed import embed_patches, fits
 from mone.engine.kernels.enter import enter_rows
 from mone.engine.kernels.gelu import FORMS, form_of
 from mone.engine.kernels.gemm import grouped_gemm, scheduled
 from mone.engine.kernels.narrow_mlp import narrow_mlp, parts_of
 from mone.engine.kernels.norm import norm_rows
 from mone.engine.kernels.pixels import shift_and_scale
-from mone.engine.kernels.route import place_and_score, prefer
+from mone.engine.kernels.route import prefer, score
 from mone.engine.rows import ALIGNMENT, Places, num_rows, row_of_token, runs_of, tiles_of
 from mone.engine.tilings import Attending, Tiling
-from mone.engine.tokens import Tokens
+from mone.engine.tokens import Gain, Positions, Tokens
 from mone.nested import segments_of
 from mone.routing import expert_preferred_routing
 
@@ -126,7 +127,7 @@ def test_norms_of_heads_are_those_of_whole_tokens(counts, offset):
     width_N = torch.tensor([run.width for run in runs for _ in range(run.count)], device=DEVICE)
     head, normal = (torch.full((rows, DIM), torch.nan, device=DEVICE) for _ in range(2))
     mean, spread = torch.empty(2, rows, device=DEVICE).unbind(0)
-    enter_rows(Tokens(x_SND), row_SN, width_N, head, mean, spread)
+    enter_rows(Tokens(x_SND), row_SN, width_N, head, mean, spread, torch.empty(1, rows, device=DEVICE), aligned=True)
     weight, bias = randn(DIM), randn(DIM)
     norm_rows(head, mean, spread, weight, bias, 1e-6, normal, runs)
     expected = F.layer_norm(x_SND.double(), (DIM,), weight.double(), bias.double(), 1e-6)
@@ -271,20 +272,60 @@ def test_experts_choose_as_in_the_reference(counts, cumulative, kind):
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("placed", [False, True])
 @pytest.mark.parametrize(
     "dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.float16,) * 2]
 )
-def test_tokens_are_placed_and_scored(batched, dtypes):
-    x, weight, bias = randn(3, 13, 48, dtype=dtypes[0]), randn(4, 48), randn(4)
-    positions = randn(*(3, 13, 48) if batched else (13, 48), dtype=dtypes[1])
-    placed, logits = place_and_score(x, positions, weight, bias)
-    assert torch.equal(placed, x + positions)
-    torch.testing.assert_close(logits, F.linear((x + positions).float(), weight, bias), rtol=1e-4, atol=1e-4)
+def test_tokens_are_scored_with_their_positions(placed, dtypes):
+    x, weight, bias = randn(3, 12, 48, dtype=dtypes[0]), randn(4, 48), randn(4)
+    positions = Positions(randn(6, 48, dtype=dtypes[1]), torch.randint(12, (3, 12), device=DEVICE) if placed else None)
+    expected = F.linear(positions.added_to(x).float(), weight, bias)
+    torch.testing.assert_close(score(x, positions, weight, bias), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("counts", [(5, 3, 2, 2), (4, 0, 1, 1)])
+def test_tokens_enter_placed_and_sorted_with_their_gains(placed, counts):
+    segments = segments_of(counts, (12, 32, 64, 128), 1)  # 12 is no multiple of 8
+    runs = runs_of(segments, SEQUENCES)
+    order = torch.stack([torch.randperm(12)[: sum(counts)] for _ in range(SEQUENCES)]).to(DEVICE)
+    positions = Positions(randn(4, DIM), torch.randint(12, (SEQUENCES, 12), device=DEVICE) if placed else None)
+    gain = Gain(torch.rand(SEQUENCES, 12).to(DEVICE), torch.rand(3).to(DEVICE))
+    tokens = Tokens(randn(SEQUENCES, 12, DIM), order, randn(1, DIM), positions, gain)
+    row_SN = row_of_token(runs, SEQUENCES, DEVICE)
+    width_N = torch.tensor([run.width for run in runs for _ in range(run.count)], device=DEVICE)
+    head, (mean, spread) = torch.full((num_rows(runs), DIM), torch.nan, device=DEVICE), randn(2, num_rows(runs))
+    gain_LR = torch.full((3, num_rows(runs)), torch.nan, device=DEVICE)
+    enter_rows(tokens, row_SN, width_N, head, mean, spread, gain_LR, aligned=not any(run.width % 8 for run in runs))
+    torch.testing.assert_close(gain_LR[:, row_SN], tokens.gains(3).squeeze(-1))
+    for run in runs:
+        own = slice(run.token, run.token + run.count)
+        expected, tail = tokens.sorted()[:, own].split([run.width, DIM - run.width], dim=-1)
+        assert torch.equal(head[row_SN[:, own], : run.width], expected)
+        assert head[row_SN[:, own], run.width :].isnan().all()
+        if run.width < DIM:
+            torch.testing.assert_close(mean[row_SN[:, own]], tail.mean(-1), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(spread[row_SN[:, own]], tail.var(-1, correction=0) * tail.shape[-1])
+
+
+MEANS = pytest.mark.parametrize("each", [False, True], ids=["one mean", "a mean for each patch"])
+
+
+@MEANS
+@pytest.mark.parametrize(("patch_values", "dim"), [(48, 24), (144, 320)])
+def test_patches_become_tokens(each, patch_values, dim):
+    patches = torch.randint(256, (3, 50, patch_values), dtype=torch.uint8, device=DEVICE)
+    mean = 255 * torch.rand(3, 50, device=DEVICE) if each else 127.5
+    weight, bias = randn(dim, patch_values, dtype=torch.float16), randn(dim)
+    tokens = torch.full((3, 50, dim), torch.nan, dtype=torch.float16, device=DEVICE)
+    assert fits(patches, dim) and not fits(patches[..., 8:], dim) and not fits(patches[:0], dim)
+    embed_patches(patches, mean, 64.0, weight, bias, tokens)
+    pixels = (patches.double() - (mean.unsqueeze(-1) if each else mean)) / 64
+    assert_near(tokens, F.linear(pixels, weight.double(), bias.double()), torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("each", [False, True], ids=["one mean", "a mean for each patch"])
+@MEANS
 def test_pixels_are_shifted_and_scaled(each, dtype):
     patches = torch.randint(256, (3, 50, 48), dtype=torch.uint8, device=DEVICE)
     mean = 255 * torch.rand(3, 50, device=DEVICE) if each else 127.5
