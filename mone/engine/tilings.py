@@ -125,9 +125,8 @@ _NARROW = (
     ],
     (192, Tiling(128, 64, 64, 8, 2)),
 )
-NARROW_ROLES = (
-    *[(96, tiling) for tiling in (Tiling(128, 64, stages=3, roles=True), Tiling(192, 64, stages=3, roles=True))],
-    *[(widest, Tiling(128, 64, stages=3, roles=True)) for widest in (128, 192)],
+NARROW_ROLES = tuple(
+    (widest, Tiling(rows, 64, stages=3, roles=True)) for widest, rows in ((96, 192), (128, 128), (192, 128))
 )
 _NARROW_8 = (
     *[(128, tiling) for tiling in (Tiling(64, 64, 64, 4, 2, 4), Tiling(128, 128, 64, 8, 2))],
