@@ -29,8 +29,8 @@ def embed(
     """uint8 patches to tokens [B, K, D], in out_BKD where that is given.
 
     Args:
-        linear: Of what `to_float` says.
-        patches_BKP: As there.
+        linear: The embedding.
+        patches_BKP: As in `to_float`.
         config: As there.
         kept_BK: As there.
         out_BKD: In the dtype of products.

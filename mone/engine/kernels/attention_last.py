@@ -35,8 +35,8 @@ def _locate(
 
 @triton.jit
 def _score(
-    normal_ptr, query_ptr, scores_ptr, read_ptr, runs_ptr,
-    num_slots, num_heads, num_blocks, dim, normal_stride, query_head_stride, query_group_stride, scale,
+    normal_ptr, read_ptr, runs_ptr, query_ptr, scores_ptr,
+    num_slots, num_heads, dim, normal_stride, num_blocks, query_head_stride, query_group_stride, scale,
     SLOTS: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr, RUNS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     group = (tl.program_id(0) // num_blocks).to(tl.int64)
@@ -57,8 +57,8 @@ def _score(
 
 @triton.jit
 def _mix(
-    normal_ptr, weights_ptr, mixed_ptr, read_ptr, runs_ptr,
-    num_slots, num_heads, num_chunks, dim, normal_stride, mixed_head_stride, mixed_group_stride,
+    normal_ptr, read_ptr, runs_ptr, weights_ptr, mixed_ptr,
+    num_slots, num_heads, dim, normal_stride, num_chunks, mixed_head_stride, mixed_group_stride,
     SLOTS: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr, RUNS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     group = (tl.program_id(0) // num_chunks).to(tl.int64)
@@ -94,36 +94,20 @@ def mix_rows(query_hGD: Tensor, normal_RX: Tensor, read_GM: Tensor, runs: tuple[
     num_heads, num_groups, dim = query_hGD.shape
     num_slots, mixed_hGD = read_GM.shape[1], torch.empty_like(query_hGD, memory_format=torch.contiguous_format)
     scores_GhM = torch.empty(num_groups, num_heads, num_slots, dtype=torch.float32, device=read_GM.device)
+    rows = (normal_RX, read_GM, table_of(runs, read_GM.device))
     blocks, chunks = triton.cdiv(num_slots, _SLOTS), triton.cdiv(dim, _COLUMNS)
-    table = table_of(runs, read_GM.device)
-    sizes = {
+    sizes = (num_slots, num_heads, dim, normal_RX.stride(0))
+    constants = {
         "SLOTS": _SLOTS,
         "COLUMNS": _COLUMNS,
         "HEADS": max(16, triton.next_power_of_2(num_heads)),
         "RUNS": len(runs),
         "ALIGNED": all(run.width % 8 == 0 for run in runs),
+        "num_warps": 4,
     }
     _score[(num_groups * blocks,)](
-        *(normal_RX, query_hGD, scores_GhM, read_GM, table, num_slots, num_heads, blocks, dim, normal_RX.stride(0)),
-        *(*query_hGD.stride()[:2], scale),
-        **sizes,
-        num_warps=4,
+        *rows, query_hGD, scores_GhM, *sizes, blocks, *query_hGD.stride()[:2], scale, **constants
     )
-    _mix[(num_groups * chunks,)](
-        *(
-            normal_RX,
-            scores_GhM.softmax(dim=-1),
-            mixed_hGD,
-            read_GM,
-            table,
-            num_slots,
-            num_heads,
-            chunks,
-            dim,
-            normal_RX.stride(0),
-        ),
-        *mixed_hGD.stride()[:2],
-        **sizes,
-        num_warps=4,
-    )
+    weights_GhM = scores_GhM.softmax(dim=-1)
+    _mix[(num_groups * chunks,)](*rows, weights_GhM, mixed_hGD, *sizes, chunks, *mixed_hGD.stride()[:2], **constants)
     return mixed_hGD

@@ -52,7 +52,8 @@ def _embed(
 
 def fits(patches: Tensor, dim: int) -> bool:
     """Whether patches and tokens begin where the tensor memory accelerator can read and write them."""
-    return patches.shape[-1] % 16 == 0 and dim % 8 == 0 and patches.numel() > 0
+    aligned = patches.shape[-1] % 16 == 0 and patches.data_ptr() % 16 == 0
+    return aligned and dim % 8 == 0 and patches.numel() > 0
 
 
 def embed_patches(
