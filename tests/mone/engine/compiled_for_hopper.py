@@ -4,8 +4,14 @@ python -m tests.mone.engine.compiled_for_hopper mlp WIDTH ROWS COLUMNS STAGES AC
 python -m tests.mone.engine.compiled_for_hopper norm_project WIDTH COLUMNS
 python -m tests.mone.engine.compiled_for_hopper project_norm WIDTH
 python -m tests.mone.engine.compiled_for_hopper attention SLOTS
+
+Or how a kernel in Triton loads and stores bfloat16.
+
+python -m tests.mone.engine.compiled_for_hopper norm WIDTH ...
+python -m tests.mone.engine.compiled_for_hopper enter WIDTH
 """
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,9 +19,17 @@ import tempfile
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mone.engine.kernels import attention_hopper, narrow_mlp_hopper, norm_project_hopper, project_norm_hopper
+from mone.engine.kernels import (
+    attention_hopper,
+    enter,
+    narrow_mlp_hopper,
+    norm,
+    norm_project_hopper,
+    project_norm_hopper,
+)
 from mone.engine.kernels.hopper import shared_layout
 from mone.engine.tilings import Tiling
 
@@ -79,10 +93,42 @@ def attention(slots):
     return ptxas_on(attention_hopper._attention, attention_hopper.constants_of(int(slots)))
 
 
+def moves_of(kernel, constants, types):
+    """Instructions between global memory and registers; all pointers and sizes are multiples of 16."""
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    }
+    places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
+    aligned = {places[name]: [["tt.divisibility", 16]] for name in signature if signature[name][0] in "*i"}
+    source = ASTSource(kernel, signature, {places[name]: value for name, value in constants.items()}, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    return " ".join(sorted(set(re.findall(r"(?:ld|st)\.global[.\w]*", compiled.asm["ptx"]))))
+
+
+def norm_rows(*widths):
+    blocks = tuple(max(norm.SMALLEST_BLOCK, triton.next_power_of_2(int(width))) for width in widths)
+    constants = {"WIDTHS": tuple(map(int, widths)), "BLOCKS": blocks, "VALUES": norm.VALUES}
+    return moves_of(
+        norm._norm, constants, {"mean_ptr": "*fp32", "spread_ptr": "*fp32", "runs_ptr": "*i32", "eps": "fp32"}
+    )
+
+
+def enter_rows(dim):
+    flags = dict.fromkeys(("POSITIONED", "PLACED", "WEIGHTED", "ALIGNED"), True)
+    constants = {"DIM": int(dim), "BLOCK": triton.next_power_of_2(int(dim)), "LAYERS": 16, "ORDERED": False, **flags}
+    floats, longs = (
+        ("weight_ptr", "mean_ptr", "spread_ptr", "gain_ptr", "alpha_ptr"),
+        ("order_ptr", "place_ptr", "row_ptr"),
+    )
+    types = {**dict.fromkeys(floats, "*fp32"), **dict.fromkeys(longs, "*i64"), "width_ptr": "*i32"}
+    return moves_of(enter._enter, constants, types)
+
+
 def main():
     what, *numbers = sys.argv[1:]
     kernels = {"mlp": mlp, "norm_project": norm_project, "project_norm": project_norm, "attention": attention}
-    print(kernels[what](*numbers))
+    print({**kernels, "norm": norm_rows, "enter": enter_rows}[what](*numbers))
 
 
 if __name__ == "__main__":

@@ -99,6 +99,14 @@ def test_products_run_beside_what_is_between_them(width, tiling, activation):
     assert "0 bytes spill stores" in said or activation == "gelu"
 
 
+@pytest.mark.parametrize("asked", [("norm", 768), ("norm", 96, 192, 384, 768), ("enter", 768)])
+def test_rows_move_sixteen_bytes_at_a_time(asked):
+    """And no value by itself, as where the compiler cannot know that eight of them are on the same side of a mask."""
+    moves = ptxas_on(*asked).split()
+    assert {"ld.global.v4.b32", "st.global.v4.b32"} <= set(moves)
+    assert not any(move.endswith("b16") for move in moves)
+
+
 @pytest.mark.parametrize("num_slots", [100, 197, 240, 256])
 def test_scores_are_computed_beside_exponentials(num_slots):
     assert_compiled(ptxas_on("attention", num_slots), "_attention")
