@@ -114,7 +114,7 @@ class NestedEncoder(nn.Module):
 
         The paper gives the start, 0, and the interval, not how it is kept nor whether blocks share one. Here each
         block has its own, under a clamp whose gradient passes straight through: the start lies on the edge, where a
-        sigmoid cannot start and a plain clamp could die.
+        sigmoid cannot start and a plain clamp could die. Without gradients, the clamp is all there is to compute.
         """
         if not torch.is_grad_enabled():
             return self.alpha_L.clamp(0.0, _LARGEST_ALPHA)

@@ -152,8 +152,8 @@ def _enter(
         mixed_RD=empty(rows, dim, dtype=factors),
         hidden_RH=empty(rows, hidden, dtype=factors),
     )
-    gain_LR, aligned = empty(len(blocks), rows, dtype=torch.float32), all(run.width % 8 == 0 for run in runs)
-    enter_rows(tokens, row_SN, _widths(runs, x_SKD.device), *buffers[:3], gain_LR, aligned=aligned)
+    gain_LR = empty(len(blocks), rows, dtype=torch.float32)
+    enter_rows(tokens, runs, row_SN, *buffers[:3], gain_LR)
     return buffers, gain_LR
 
 
@@ -188,14 +188,14 @@ def _make_factors(blocks: list[Block], dtype: torch.dtype) -> None:
 
 def _block(block: Block, buffers: _Buffers, lanes: _Lanes, places: Places, gain_R: Tensor, tilings: Tilings) -> None:
     """`Block.forward`, in the buffers. The lanes meet for attention alone."""
-    attention, dim = block.attention, buffers.head_RD.shape[1]
+    attention = block.attention
     for stream, runs, norm_inside in lanes.each():
         with torch.cuda.stream(stream):
             if norm_inside:
                 _norm_project(block.norm_attention, attention.qkv, buffers, runs)
             else:
                 _norm(block.norm_attention, buffers, runs)
-                _project(attention.qkv, buffers.normal_RD, buffers.qkv_RX, runs, tilings.qkv, range(3 * dim))
+                _project(attention.qkv, buffers.normal_RD, buffers.qkv_RX, runs, tilings.qkv)
     join(lanes.second)
     attend_rows(buffers.qkv_RX, buffers.mixed_RD, places, attention.num_heads, attending=tilings.attention)
     fork(lanes.second)
@@ -244,8 +244,7 @@ def _mlp(
     dtype = buffers.normal_RD.dtype
     activation = form_of(mlp.activation.approximate, dtype)
     if runs[0] not in narrow:
-        columns = range(mlp.up.out_features)
-        _project(mlp.up, buffers.normal_RD, buffers.hidden_RH, runs, tilings.up, columns, activation)
+        _project(mlp.up, buffers.normal_RD, buffers.hidden_RH, runs, tilings.up, activation)
         _project_out(mlp.down, buffers.hidden_RH, buffers.head_RD, runs, tilings.down, gain_R)
         return
     up, down = factor(mlp.up.weight, dtype), factor(mlp.down.weight, dtype)
@@ -276,11 +275,10 @@ def _project(
     out_RX: Tensor,
     runs: tuple[Run, ...],
     tiling: Tiling,
-    columns: range,
     activation: str = "",
 ) -> None:
-    """The first d features of each row to these columns."""
-    schedule = _tiles_in(runs, columns, tiling, rows_RD.device)
+    """The first d features of each row to all columns."""
+    schedule = _tiles_in(runs, linear.out_features, tiling, rows_RD.device)
     weight = factor(linear.weight, rows_RD.dtype)
     grouped_gemm(rows_RD, weight, linear.bias, out_RX, schedule, tiling=tiling, activation=activation)
 
@@ -301,9 +299,9 @@ def _project_out(
 
 # Tables depend on counts and sizes alone: made once, they stay on the device.
 @functools.lru_cache(maxsize=1024)
-def _tiles_in(runs: tuple[Run, ...], columns: range, tiling: Tiling, device: torch.device) -> Schedule:
+def _tiles_in(runs: tuple[Run, ...], num_columns: int, tiling: Tiling, device: torch.device) -> Schedule:
     inner = [run.width for run in runs]
-    spans = [(columns.start, columns.stop)] * len(runs)
+    spans = [(0, num_columns)] * len(runs)
     return _scheduled(runs, spans, inner, tiling, device)
 
 
@@ -324,10 +322,3 @@ def _scheduled(
 def _rows(runs: tuple[Run, ...], num_sequences: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return row_of_token(runs, num_sequences, device)
-
-
-@functools.lru_cache(maxsize=256)
-def _widths(runs: tuple[Run, ...], device: torch.device) -> Tensor:
-    widths = [run.width for run in runs for _ in range(run.count)]
-    with torch.inference_mode(False):
-        return torch.tensor(widths, dtype=torch.int32, device=device)

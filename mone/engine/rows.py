@@ -51,6 +51,19 @@ def table_of(runs: tuple[Run, ...], device: torch.device) -> Tensor:
         return torch.tensor([run[:3] for run in runs], dtype=torch.int32, device=device)
 
 
+@functools.lru_cache(maxsize=256)
+def width_of_token(runs: tuple[Run, ...], device: torch.device) -> Tensor:
+    """The width of each token of a sequence, int32 [N]."""
+    widths = [run.width for run in runs for _ in range(run.count)]
+    with torch.inference_mode(False):
+        return torch.tensor(widths, dtype=torch.int32, device=device)
+
+
+def in_eights(runs: tuple[Run, ...]) -> bool:
+    """Whether all widths are multiples of 8: a kernel that knows it moves 16 bytes at a time, else value by value."""
+    return all(run.width % 8 == 0 for run in runs)
+
+
 def row_of_token(runs: tuple[Run, ...], num_sequences: int, device: torch.device) -> Tensor:
     """The row of each token, int64 [S, N]."""
     rows = [torch.arange(run.start, run.stop, device=device).view(num_sequences, run.count) for run in runs]

@@ -22,13 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mone.engine.kernels.hopper import (
-    factor_layout,
-    make_barriers,
-    memory_layout,
-    product_layout,
-    shared_layout,
-)
+from mone.engine.kernels.hopper import factor_layout, make_barriers, memory_layout, product_layout, shared_layout
 from mone.engine.rows import Places
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mone.engine.rows import Run, table_of
+from mone.engine.rows import Run, in_eights, table_of
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
@@ -102,7 +102,7 @@ def mix_rows(query_hGD: Tensor, normal_RX: Tensor, read_GM: Tensor, runs: tuple[
         "COLUMNS": _COLUMNS,
         "HEADS": max(16, triton.next_power_of_2(num_heads)),
         "RUNS": len(runs),
-        "ALIGNED": all(run.width % 8 == 0 for run in runs),
+        "ALIGNED": in_eights(runs),
         "num_warps": 4,
     }
     _score[(num_groups * blocks,)](

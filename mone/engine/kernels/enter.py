@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mone.engine.rows import Run, in_eights, width_of_token
 from mone.engine.tokens import Tokens
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
@@ -54,26 +55,23 @@ def _enter(
 
 def enter_rows(
     tokens: Tokens,
+    runs: tuple[Run, ...],
     row_SN: Tensor,
-    width_N: Tensor,
     head_RD: Tensor,
     tail_mean_R: Tensor,
     tail_spread_R: Tensor,
     gain_LR: Tensor,
-    *,
-    aligned: bool,
 ) -> None:
     """Write the first features of each token to its row, and two numbers of the others.
 
     Args:
         tokens: Placed and sorted on the way.
+        runs: Rows of each expert.
         row_SN: int64. The row of each sorted token.
-        width_N: int32. The width of each token's expert.
         head_RD: Rows of the residual stream.
         tail_mean_R: float32. Gets the mean of the features past the width, 0 where there are none.
         tail_spread_R: float32. Gets the sum of their squared distances from it.
         gain_LR: float32. Gets the gain of each row in each block, as `Tokens.gains`.
-        aligned: Whether all widths are multiples of 8.
     """
     x_SKD, order_SN, classes_CD, positions, gain = tokens
     x_SKD, (num_own, dim) = x_SKD.contiguous(), x_SKD.shape[1:]
@@ -87,7 +85,7 @@ def enter_rows(
         table_PD.contiguous(),
         row_SN if place_SK is None else place_SK.contiguous(),
         weight_SK.contiguous(),
-        *(alpha_L, row_SN, width_N, head_RD, tail_mean_R, tail_spread_R, gain_LR),
+        *(alpha_L, row_SN, width_of_token(runs, x_SKD.device), head_RD, tail_mean_R, tail_spread_R, gain_LR),
         num_own,
         num_own if order_SN is None else order_SN.shape[1],
         row_SN.shape[1],
@@ -99,6 +97,6 @@ def enter_rows(
         POSITIONED=positions is not None,
         PLACED=place_SK is not None,
         WEIGHTED=gain is not None,
-        ALIGNED=aligned,
+        ALIGNED=in_eights(runs),
         num_warps=1 if block <= 1024 else 4,
     )

@@ -127,8 +127,8 @@ def enter_rows(dim):
 
 def main():
     what, *numbers = sys.argv[1:]
-    kernels = {"mlp": mlp, "norm_project": norm_project, "project_norm": project_norm, "attention": attention}
-    print({**kernels, "norm": norm_rows, "enter": enter_rows}[what](*numbers))
+    with_roles = {"mlp": mlp, "norm_project": norm_project, "project_norm": project_norm, "attention": attention}
+    print({**with_roles, "norm": norm_rows, "enter": enter_rows}[what](*numbers))
 
 
 if __name__ == "__main__":

@@ -124,10 +124,9 @@ def test_norms_of_heads_are_those_of_whole_tokens(counts, offset):
     runs, rows = rows_of(counts)
     row_SN = row_of_token(runs, SEQUENCES, DEVICE)
     x_SND = randn(SEQUENCES, sum(counts), DIM) + offset
-    width_N = torch.tensor([run.width for run in runs for _ in range(run.count)], device=DEVICE)
     head, normal = (torch.full((rows, DIM), torch.nan, device=DEVICE) for _ in range(2))
     mean, spread = torch.empty(2, rows, device=DEVICE).unbind(0)
-    enter_rows(Tokens(x_SND), row_SN, width_N, head, mean, spread, torch.empty(1, rows, device=DEVICE), aligned=True)
+    enter_rows(Tokens(x_SND), runs, row_SN, head, mean, spread, torch.empty(1, rows, device=DEVICE))
     weight, bias = randn(DIM), randn(DIM)
     norm_rows(head, mean, spread, weight, bias, 1e-6, normal, runs)
     expected = F.layer_norm(x_SND.double(), (DIM,), weight.double(), bias.double(), 1e-6)
@@ -293,10 +292,9 @@ def test_tokens_enter_placed_and_sorted_with_their_gains(placed, counts):
     gain = Gain(torch.rand(SEQUENCES, 12).to(DEVICE), torch.rand(3).to(DEVICE))
     tokens = Tokens(randn(SEQUENCES, 12, DIM), order, randn(1, DIM), positions, gain)
     row_SN = row_of_token(runs, SEQUENCES, DEVICE)
-    width_N = torch.tensor([run.width for run in runs for _ in range(run.count)], device=DEVICE)
     head, (mean, spread) = torch.full((num_rows(runs), DIM), torch.nan, device=DEVICE), randn(2, num_rows(runs))
     gain_LR = torch.full((3, num_rows(runs)), torch.nan, device=DEVICE)
-    enter_rows(tokens, row_SN, width_N, head, mean, spread, gain_LR, aligned=not any(run.width % 8 for run in runs))
+    enter_rows(tokens, runs, row_SN, head, mean, spread, gain_LR)
     torch.testing.assert_close(gain_LR[:, row_SN], tokens.gains(3).squeeze(-1))
     for run in runs:
         own = slice(run.token, run.token + run.count)
